@@ -1,0 +1,92 @@
+"""The agent's configuration: what it may be told by its file, environment and flags.
+
+Frozen standard dataclasses; `pgherd.runtime.config.load` validates them (environment prefix
+`PGHERD_AGENT__`). Secrets are only ever referenced by file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pgherd.runtime.config import Duration, Size
+
+ENVIRONMENT_PREFIX = "PGHERD_AGENT__"
+DEFAULT_FILE = Path("/etc/pgherd/agent.toml")
+
+PolicyAnswer = Literal["allow", "deny"]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    """One PostgreSQL instance that this agent serves."""
+
+    alias: str  # what people call it; unique in the herd's cluster
+    cluster: str  # alias of its cluster, the same on primary and standbys
+    conninfo: str = "host=/var/run/postgresql"  # libpq keywords or service=NAME; never a password
+    password_file: Path | None = None  # first line is the password
+    instance: str = ""  # host:port label; default: taken from the connection
+    data_directory: Path | None = None  # default: asked from the server
+    bin_directory: Path | None = None  # default: found by the server's major version
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingConfig:
+    """How the sampler asks the server."""
+
+    interval: Duration = 10.0
+    statement_timeout: Duration = 2.0
+    lock_timeout: Duration = 0.5
+    connect_timeout: Duration = 5.0
+    answer_timeout: Duration = 5.0  # a server that accepts but doesn't answer for this long is hung
+
+
+@dataclass(frozen=True, slots=True)
+class SpoolConfig:
+    """The bounded queue on disk between sampler and collector; the oldest segment goes first."""
+
+    size_max: Size = 256 * 1024 * 1024
+    segment_max: Size = 256 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class BackupConfig:
+    """Logical backups of every node that this agent serves."""
+
+    enabled: bool = True
+    repository: Path = Path("/var/lib/pgherd-agent/backups")
+    interval: Duration = 3600.0
+    compression: Literal["zstd", "gzip", "none"] = "zstd"
+    level: int = 3
+    keep: int = 168  # backups per node; the newest verified one is kept whatever this says
+    timeout: Duration = 7200.0
+    lock_wait_timeout: Duration = 30.0
+    verify_after: bool = True  # read every backup back as soon as it is taken
+    scratch_directory: Path | None = None  # for scratch servers; default: below the state directory
+    scratch_user: str = ""  # OS user of scratch servers when the agent runs as root; default: "postgres"
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyConfig:
+    """What the owner of this host lets the collector ask for. The collector can't change it.
+
+    Keys are policy names: ping, backup.run, backup.verify, restore.scratch, restore.directory,
+    diagnostics. A name that isn't listed keeps its default; everything unknown is denied.
+    """
+
+    verbs: dict[str, PolicyAnswer] = field(default_factory=dict)
+    restore_roots: dict[str, Path] = field(default_factory=dict)  # name → directory for new data directories
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConfig:
+    """The whole file."""
+
+    nodes: tuple[NodeConfig, ...] = ()
+    state_directory: Path = Path("/var/lib/pgherd-agent")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    spool: SpoolConfig = field(default_factory=SpoolConfig)
+    backup: BackupConfig = field(default_factory=BackupConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)

@@ -1,0 +1,109 @@
+"""The collector's configuration: what it may be told by its file, environment and flags.
+
+Frozen standard dataclasses; `pgherd.runtime.config.load` validates them (environment prefix
+`PGHERD_COLLECTOR__`). Secrets are only ever referenced by file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pgherd.runtime.config import Duration, Size
+
+ENVIRONMENT_PREFIX = "PGHERD_COLLECTOR__"
+DEFAULT_FILE = Path("/etc/pgherd/collector.toml")
+
+
+@dataclass(frozen=True, slots=True)
+class HttpConfig:
+    """Own API, Prometheus API, health and metrics."""
+
+    listen: str = "127.0.0.1:7432"
+    socket: Path | None = None  # local CLI; default: collector.sock in the state directory
+    socket_uids: tuple[int, ...] = ()  # besides root and the collector's own user
+    anonymous_read: bool = False  # reads without a token; writes are never anonymous
+
+
+@dataclass(frozen=True, slots=True)
+class GrpcConfig:
+    """Agents and OTLP clients; mTLS required."""
+
+    listen: str = "127.0.0.1:7433"
+    request_bytes_max: Size = 4 * 1024 * 1024
+    heartbeat_interval: Duration = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class EnrolConfig:
+    """Joining and renewal over HTTPS."""
+
+    listen: str = "127.0.0.1:7434"
+    names: tuple[str, ...] = ("localhost", "127.0.0.1")  # SANs of the server certificate; the first is advertised
+    certificate_lifetime: Duration = 86400.0
+    renewal_grace: Duration = 14 * 86400.0
+    token_lifetime: Duration = 900.0
+
+
+@dataclass(frozen=True, slots=True)
+class SeriesConfig:
+    """The DuckDB store of time series."""
+
+    retention: Duration = 15 * 86400.0
+    memory_limit: Size = 512 * 1024 * 1024
+    threads: int = 2
+    series_max: int = 1_000_000
+    future_max: Duration = 600.0  # samples stamped further ahead are rejected
+    past_max: Duration = 7 * 86400.0  # and further behind
+
+
+@dataclass(frozen=True, slots=True)
+class QueryConfig:
+    """Limits of one PromQL query."""
+
+    timeout: Duration = 30.0
+    lookback: Duration = 300.0
+    samples_max: int = 50_000_000
+    points_per_series_max: int = 11_000
+    concurrency: int = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiverConfig:
+    """Where notifications go. Each has its own line in the outbox."""
+
+    name: str
+    kind: Literal["log", "webhook"]
+    url: str = ""
+    url_file: Path | None = None  # when the URL itself is a secret
+    timeout: Duration = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class AlertsConfig:
+    """Rules and receivers."""
+
+    rule_files: tuple[Path, ...] = ()  # besides the built-in pack
+    builtin_rules: bool = True
+    interval: Duration = 15.0  # of groups that don't state one
+    receivers: tuple[ReceiverConfig, ...] = (ReceiverConfig(name="log", kind="log"),)
+
+
+@dataclass(frozen=True, slots=True)
+class CollectorConfig:
+    """The whole file."""
+
+    state_directory: Path = Path("/var/lib/pgherd-collector")
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    http: HttpConfig = field(default_factory=HttpConfig)
+    grpc: GrpcConfig = field(default_factory=GrpcConfig)
+    enrol: EnrolConfig = field(default_factory=EnrolConfig)
+    series: SeriesConfig = field(default_factory=SeriesConfig)
+    query: QueryConfig = field(default_factory=QueryConfig)
+    alerts: AlertsConfig = field(default_factory=AlertsConfig)
+
+    @property
+    def socket(self) -> Path:
+        """The UNIX socket of the local CLI."""
+        return self.http.socket or self.state_directory / "collector.sock"

@@ -1,0 +1,69 @@
+"""Logging: constant dotted event names, facts as fields, secrets and literals removed, one place.
+
+`get_logger(__name__).info("backup.finished", backup=name, stored_bytes=n)`. JSON lines unless stderr is
+a terminal. Logs go to stderr; stdout belongs to results. Pure code doesn't log.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import MutableMapping
+from typing import Any
+
+import structlog
+from structlog.typing import FilteringBoundLogger, Processor
+
+_SECRET_KEY_RE = re.compile(r"pass(word|wd|phrase)?$|secret|token(?!_id)|private|authorization|credential", re.IGNORECASE)
+_SECRET_TEXT_RES = (
+    (re.compile(r"(password|passwd|secret|token)(\s*[=:]\s*)('[^']*'|\"[^\"]*\"|[^\s,;'\"]+)", re.IGNORECASE), r"\1\2***"),
+    (re.compile(r"(postgres(?:ql)?://[^:/@\s]+):[^@\s]+@"), r"\1:***@"),
+    (re.compile(r"pgherd1_[a-z2-7]+_[a-z2-7]+_[0-9a-f]+@"), "pgherd1_***@"),
+    (re.compile(r"(Bearer\s+)\S+", re.IGNORECASE), r"\1***"),
+)
+
+
+def redact(text: str) -> str:
+    """`text` without passwords, tokens and credentials in URLs."""
+    for pattern, replacement in _SECRET_TEXT_RES:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def _redact_event(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    for key, value in event.items():
+        if _SECRET_KEY_RE.search(key) and value:
+            event[key] = "***"
+        elif isinstance(value, str):
+            event[key] = redact(value)
+    return event
+
+
+def configure(*, level: str = "info", json: bool | None = None) -> None:
+    """Set up logging for this process; call once from its composition root.
+
+    `json=None` chooses JSON unless stderr is a terminal.
+    """
+    as_json = json if json is not None else not sys.stderr.isatty()
+    processors: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+        _redact_event,
+        structlog.processors.JSONRenderer(sort_keys=False) if as_json else structlog.dev.ConsoleRenderer(),
+    ]
+    structlog.configure(
+        processors=processors,
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s", force=True)
+
+
+def get_logger(name: str) -> FilteringBoundLogger:
+    """The logger of a module; `name` is `__name__`."""
+    logger: FilteringBoundLogger = structlog.get_logger(logger=name)
+    return logger
