@@ -21,7 +21,7 @@ _TMP_PREFIX = ".tmp-"
 
 def storage_error(error: OSError, path: Path, action: str) -> PgherdError:
     """Name an OSError: a full disk is not the same page at 3 a.m. as a missing right."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return TransientError(
             "disk.full",
             f"no room left while {action} {path}",

@@ -20,6 +20,7 @@ _SECRET_TEXT_RES = (
     (re.compile(r"(password|passwd|secret|token)(\s*[=:]\s*)('[^']*'|\"[^\"]*\"|[^\s,;'\"]+)", re.IGNORECASE), r"\1\2***"),
     (re.compile(r"(postgres(?:ql)?://[^:/@\s]+):[^@\s]+@"), r"\1:***@"),
     (re.compile(r"pgherd1_[a-z2-7]+_[a-z2-7]+_[0-9a-f]+@"), "pgherd1_***@"),
+    (re.compile(r"\bpgherd_([a-z2-7]+)_[a-z2-7]{40,}"), r"pgherd_\1_***"),
     (re.compile(r"(Bearer\s+)\S+", re.IGNORECASE), r"\1***"),
 )
 

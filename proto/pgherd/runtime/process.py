@@ -12,7 +12,7 @@ import subprocess
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -115,12 +115,16 @@ class Child:
                 self._process.wait(_TERMINATE_GRACE_S)
             except subprocess.TimeoutExpired:
                 self._process.kill()
-        status = self._process.wait()
+        return self._process.wait()
+
+    def close(self) -> None:
+        """End the child and release its pipes."""
+        self.end()
         self._drain.join(5.0)
         for stream in (self._process.stdout, self._process.stdin, self._process.stderr):
             if stream is not None:
-                stream.close()
-        return status
+                with suppress(OSError):  # a broken stdin pipe complains once more when closed
+                    stream.close()
 
 
 @contextmanager
@@ -162,7 +166,7 @@ def running(
     try:
         yield child
     finally:
-        child.end()
+        child.close()
 
 
 def run(
@@ -184,25 +188,24 @@ def run(
     with running(
         argv, env=env, cwd=cwd, capture_stdout=True, pipe_stdin=input_bytes is not None, user=user, group=group
     ) as child:
-        timer = threading.Timer(timeout_s, child.end)
+        expired = threading.Event()
+
+        def expire() -> None:
+            expired.set()
+            child.end()
+
+        timer = threading.Timer(timeout_s, expire)
         timer.daemon = True
         timer.start()
         try:
             if input_bytes is not None:
-                try:
+                with suppress(BrokenPipeError):  # the child ended early; its status tells why
                     child.stdin.write(input_bytes)
                     child.stdin.close()
-                except BrokenPipeError:
-                    pass  # the child ended early; its status tells why
             output = child.stdout.read(stdout_bytes_max + 1)
-        except ValueError as error:  # the timer closed the stream under us
-            raise TransientError(
-                "child.timeout", f"{argv[0]} didn't finish within {timeout_s:g} s", timeout_s=timeout_s
-            ) from error
         finally:
-            expired = not timer.is_alive()
             timer.cancel()
-        if expired:
+        if expired.is_set():
             raise TransientError("child.timeout", f"{argv[0]} didn't finish within {timeout_s:g} s", timeout_s=timeout_s)
         if len(output) > stdout_bytes_max:
             raise PreconditionError(

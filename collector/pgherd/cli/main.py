@@ -1,0 +1,80 @@
+"""`pgherd`: the operator's command. An HTTP client of the collector; works from the base install.
+
+Verbs that need more (`collector`) are found through the entry point group `pgherd.commands`, so that
+this package imports nothing of the collector.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import click
+
+from pgherd.cli.client import Address, Client
+from pgherd.proto.codes import Exit
+from pgherd.proto.errors import ConfigError
+from pgherd.runtime.render import render_error
+
+_VERBS = ("agents", "alerts", "backups", "clients", "commands", "nodes", "query", "tokens")
+_PLUGINS = "pgherd.commands"
+
+
+@dataclass
+class CliContext:
+    """The group's own options; the connection is made when a verb first asks for it."""
+
+    url: str | None
+    socket: Path | None
+    token_file: Path | None
+    json: bool
+
+    @cached_property
+    def client(self) -> Client:
+        """Raises ConfigError config.secret_unreadable."""
+        return Client(Address.resolve(url=self.url, socket=self.socket, token_file=self.token_file))
+
+
+class _Verbs(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*_VERBS, *(point.name for point in entry_points(group=_PLUGINS))})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in _VERBS:
+            module = importlib.import_module(f"pgherd.cli.{cmd_name}")
+            command: click.Command = getattr(module, cmd_name)
+            return command
+        for point in entry_points(group=_PLUGINS, name=cmd_name):
+            try:
+                plugin: click.Command = point.load()
+            except ModuleNotFoundError as missing:
+                error = ConfigError(
+                    "config.missing_extra",
+                    f"`pgherd {cmd_name}` needs {missing.name}, which isn't installed",
+                    hint="pip install 'pgherd[collector]'",
+                )
+                render_error(error, as_json=False)
+                sys.exit(Exit.USAGE)
+            return plugin
+        return None
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--url", help="The collector's HTTP address (PGHERD_URL).")
+@click.option("--socket", type=click.Path(path_type=Path), help="The collector's local socket (PGHERD_SOCKET).")
+@click.option("--token-file", type=click.Path(path_type=Path), help="File with an API token (PGHERD_TOKEN_FILE).")
+@click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
+@click.version_option(package_name="pgherd")
+@click.pass_context
+def pgherd(ctx: click.Context, url: str | None, socket: Path | None, token_file: Path | None, as_json: bool) -> None:
+    """Watch over a herd of PostgreSQL servers: nodes, backups, alerts, commands."""
+    ctx.obj = CliContext(url=url, socket=socket, token_file=token_file, json=as_json)
+
+
+def main() -> None:
+    """Entry point of the `pgherd` command."""
+    pgherd()
