@@ -117,6 +117,11 @@ def policy_name(verb: Verb) -> str:
     return verb_name(verb)
 
 
+def is_exclusive(verb: Verb) -> bool:
+    """Whether a node runs only one such command at a time: these read or write whole backups."""
+    return isinstance(verb, BackupRun | BackupVerify | Restore)
+
+
 def verb_to_json(verb: Verb) -> dict[str, str]:
     """Arguments of a verb as JSON members (for ledger and journal)."""
     return {name: getattr(verb, name) for name in verb.__slots__}

@@ -140,6 +140,8 @@ commands = Table(
     Column("state", String(16), nullable=False, index=True),
     Column("offered_unix_ns", BigInteger),
     Column("accepted_unix_ns", BigInteger),
+    Column("expired_unix_ns", BigInteger),  # the deadline passed while the agent had said nothing
+    Column("forgotten_unix_ns", BigInteger),  # the agent had accepted it and no longer knows it
     Column("finished_unix_ns", BigInteger),
     Column("last_sequence", Integer, nullable=False, server_default="0"),
     Column("progress", JSON),

@@ -184,6 +184,8 @@ def upgrade() -> None:
         sa.Column("state", sa.String(length=16), nullable=False),
         sa.Column("offered_unix_ns", sa.BigInteger(), nullable=True),
         sa.Column("accepted_unix_ns", sa.BigInteger(), nullable=True),
+        sa.Column("expired_unix_ns", sa.BigInteger(), nullable=True),
+        sa.Column("forgotten_unix_ns", sa.BigInteger(), nullable=True),
         sa.Column("finished_unix_ns", sa.BigInteger(), nullable=True),
         sa.Column("last_sequence", sa.Integer(), server_default="0", nullable=False),
         sa.Column("progress", sa.JSON(), nullable=True),
