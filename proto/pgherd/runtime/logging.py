@@ -66,5 +66,5 @@ def configure(*, level: str = "info", json: bool | None = None) -> None:
 
 def get_logger(name: str) -> FilteringBoundLogger:
     """The logger of a module; `name` is `__name__`."""
-    logger: FilteringBoundLogger = structlog.get_logger(logger=name)
+    logger: FilteringBoundLogger = structlog.get_logger(module=name)
     return logger
