@@ -1,0 +1,77 @@
+"""What the writer knows without asking the disk: series, high-water marks, metric metadata.
+
+A mirror of committed rows only; after any doubt it is thrown away and loaded again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from weakref import WeakKeyDictionary
+
+import duckdb
+import numpy as np
+from numpy.typing import NDArray
+
+from pgherd.proto.samples import Metric, MetricKind
+from pgherd.storage.series.batch import Labels, SeriesLayout, ShipmentState
+from pgherd.storage.series.index import SeriesIndex
+from pgherd.storage.series.plan import CommitPlan, Known
+
+
+class Catalog:
+    """Changed by the writer thread only; `index` locks itself, the rest is replaced, never mutated."""
+
+    def __init__(self) -> None:
+        self.index = SeriesIndex()
+        self.shipments: Mapping[tuple[str, str], ShipmentState] = {}
+        self.metrics: Mapping[str, Metric] = {}
+        self._layout_ids: WeakKeyDictionary[SeriesLayout, NDArray[np.int32]] = WeakKeyDictionary()
+
+    @classmethod
+    def load(cls, connection: duckdb.DuckDBPyConnection) -> Catalog:
+        """Read everything back; raises duckdb.Error."""
+        catalog = cls()
+        rows = connection.execute("SELECT id, labels FROM series ORDER BY id").fetchall()
+        catalog.index.add((series_id, labels_from_json(text)) for series_id, text in rows)
+        ranges = connection.execute("SELECT series_id, min(ts_ms) lo, max(ts_ms) hi FROM samples GROUP BY 1").fetchnumpy()
+        ids = ranges["series_id"]
+        catalog.index.touch(ids, ranges["lo"])
+        catalog.index.touch(ids, ranges["hi"])
+        states = [ShipmentState(*row) for row in connection.execute("SELECT * FROM shipments").fetchall()]
+        catalog.shipments = {(state.agent_id, state.incarnation): state for state in states}
+        metrics = connection.execute("SELECT name, kind, help, unit FROM metrics").fetchall()
+        catalog.metrics = {name: Metric(name, MetricKind(kind), text, unit) for name, kind, text, unit in metrics}
+        return catalog
+
+    def known(self) -> Known:
+        """The planner's view."""
+        return Known(self.index.id_of, self._layout_ids.get, self.shipments, self.metrics, self.index.next_id, len(self.index))
+
+    def apply(self, plan: CommitPlan) -> None:
+        """Take over what was just committed."""
+        self.index.add(plan.new_series)
+        self.index.touch(plan.series_ids, plan.times_ms)
+        self._layout_ids.update(plan.resolved)
+        if plan.shipments:
+            self.shipments = {**self.shipments, **{(row.agent_id, row.incarnation): row for row in plan.shipments}}
+        if plan.metrics:
+            self.metrics = {**self.metrics, **{metric.name: metric for metric in plan.metrics}}
+
+    def forget_series(self, ids: list[int]) -> None:
+        """Series whose samples and rows were just deleted."""
+        self._layout_ids.clear()
+        self.index.remove(ids)
+
+    def forget_shipments(self, before_unix_ms: int) -> None:
+        """Incarnations whose rows were just deleted."""
+        self.shipments = {key: row for key, row in self.shipments.items() if row.committed_unix_ms >= before_unix_ms}
+
+
+def labels_to_json(labels: Labels) -> str:
+    """Sorted JSON object: what the `series` table holds, readable with stock DuckDB."""
+    return json.dumps(dict(labels), ensure_ascii=False, separators=(",", ":"))
+
+
+def labels_from_json(text: str) -> Labels:
+    return tuple(sorted(json.loads(text).items()))

@@ -1,0 +1,100 @@
+"""The door to the series store.
+
+store = SeriesStore.open(directory / "series.duckdb", SeriesSettings(), SystemClock())
+receipt = await asyncio.wrap_future(store.append(batch))   # durable now
+windows = await asyncio.to_thread(store.select, matchers, start_ms, end_ms)
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import duckdb
+
+from pgherd.proto.clock import Clock
+from pgherd.storage.series.batch import Batch, Receipt, ShipmentState
+from pgherd.storage.series.catalog import Catalog
+from pgherd.storage.series.database import Database, DatabaseSettings, first_line, unavailable
+from pgherd.storage.series.reader import SeriesReader
+from pgherd.storage.series.writer import Writer, WriterCounters, WriterSettings
+
+
+@dataclass(frozen=True, slots=True)
+class SeriesSettings:
+    """Everything that may be set."""
+
+    database: DatabaseSettings = field(default_factory=DatabaseSettings)
+    writer: WriterSettings = field(default_factory=WriterSettings)
+    select_samples_max: int = 50_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class StoreGauges:
+    """How the store stands now."""
+
+    series: int
+    queued_points: int
+    wal_bytes: int
+    file_bytes: int
+    logs_set_aside: int  # damaged logs waiting beside the file: data that was acknowledged and isn't served
+    is_writable: bool
+
+
+class SeriesStore(SeriesReader):
+    """One DuckDB file, one writer thread, readers in their callers' threads."""
+
+    def __init__(self, database: Database, writer: Writer, samples_max: int) -> None:
+        super().__init__(database, lambda: writer.catalog, samples_max)
+        self._database = database
+        self._writer = writer
+
+    @classmethod
+    def open(cls, path: Path, settings: SeriesSettings, clock: Clock) -> SeriesStore:
+        """Open or create; replays DuckDB's log. Raises as `Database.open`."""
+        database = Database.open(path, settings.database, clock)
+        try:
+            catalog = Catalog.load(database.connection)
+        except duckdb.Error as error:
+            database.close()
+            raise unavailable(f"can't read {path}: {first_line(error)}") from error
+        writer = Writer(database, catalog, settings.writer, clock)
+        writer.start()
+        return cls(database, writer, settings.select_samples_max)
+
+    def append(self, batch: Batch) -> Future[Receipt]:
+        """Queue a batch; the future resolves when its samples and its high-water mark are durable together.
+
+        A sequence at or below the high-water mark of its incarnation resolves with `repeated` and stores
+        nothing. Raises TransientError ingest.overloaded when the bounded queue is full; the future raises
+        TransientError store.unavailable when the commit failed: nothing of the batch is acknowledged, send it again.
+        """
+        return self._writer.append(batch)
+
+    def shipments(self) -> list[ShipmentState]:
+        """The durable state of every sender's incarnation."""
+        return list(self._writer.catalog.shipments.values())
+
+    @property
+    def counters(self) -> WriterCounters:
+        """Counts since start."""
+        return self._writer.counters
+
+    def gauges(self) -> StoreGauges:
+        """How it stands now."""
+        return StoreGauges(
+            series=len(self._writer.catalog.index),
+            queued_points=self._writer.queued_points,
+            wal_bytes=self._database.wal_bytes,
+            file_bytes=self._database.path.stat().st_size,
+            logs_set_aside=len(self._database.set_aside()),
+            is_writable=self._writer.is_alive and not self._writer.is_broken,
+        )
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """Commit what waits, checkpoint, release the file. Later appends raise store.unavailable."""
+        try:
+            self._writer.close(timeout_s)
+        finally:
+            self._database.close()
