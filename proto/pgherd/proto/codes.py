@@ -144,7 +144,11 @@ _code("renew.not_joined", Kind.PRECONDITION, "This state directory holds no iden
 _code("renew.grace_over", Kind.DENIED, "The certificate expired longer ago than the grace for renewals; join again.", http=401)
 _code("renew.proof_invalid", Kind.DENIED, "The renewal isn't signed by the key of the certificate it renews.", http=401)
 _code("enrol.busy", Kind.TRANSIENT, "Too many joins or renewals from this address; retry after the stated delay.", http=429)
+_code("enrol.too_large", Kind.PEER, "The body of a join or renewal is over its limit.", http=413)
 _code("auth.required", Kind.DENIED, "The request needs a bearer token or the local socket.", http=401)
+_code("auth.invalid", Kind.DENIED, "The bearer token is unknown, expired or revoked.", http=401)
+_code("auth.local_user", Kind.DENIED, "This local user may not use the collector's socket.", http=403)
+_code("token.not_found", Kind.PRECONDITION, "No API token of that id exists.", http=404)
 _code("auth.scope", Kind.DENIED, "The token's scope doesn't cover this request.", http=403)
 
 # --- spool and shipping -------------------------------------------------------------------------

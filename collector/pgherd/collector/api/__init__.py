@@ -1,0 +1,1 @@
+"""The collector's HTTP side: who may ask, and the routers."""
