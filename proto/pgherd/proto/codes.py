@@ -116,6 +116,7 @@ _code("invariant.broken", Kind.INVARIANT, "An internal assumption of pgherd does
 _code("peer.unreachable", Kind.TRANSIENT, "The other side can't be reached.", exit_status=Exit.UNREACHABLE)
 _code("peer.protocol", Kind.PEER, "The other side sent something that the protocol doesn't allow.")
 _code("peer.untrusted", Kind.DENIED, "The other side's certificate isn't the one that was pinned or signed by the herd's CA.")
+_code("peer.name_mismatch", Kind.DENIED, "The other side's certificate is the herd's, but not for the name that was dialled.")
 _code("identity.missing", Kind.DENIED, "The call carries no client certificate of this herd.", grpc="UNAUTHENTICATED", http=401)
 _code(
     "identity.expired",

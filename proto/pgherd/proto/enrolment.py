@@ -43,8 +43,7 @@ class JoinToken:
     port: int
 
     def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"pgherd1_{self.id}_{self.secret}_{self.ca_pin}@{host}:{self.port}"
+        return f"pgherd1_{self.id}_{self.secret}_{self.ca_pin}@{join_address(self.host, self.port)}"
 
     def __repr__(self) -> str:
         return f"JoinToken(id={self.id!r}, host={self.host!r}, port={self.port})"
@@ -68,3 +67,16 @@ def renewal_bytes(*, certificate_sha256: bytes, request_sha256: bytes, unix_ns: 
     A replay is worthless: the collector accepts each new public key once per agent.
     """
     return _RENEWAL_CONTEXT + certificate_sha256 + request_sha256 + unix_ns.to_bytes(8, "big", signed=True)
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of "host:port" or "[v6]:port". Raises ConfigError usage.invalid."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or not 0 <= int(port) < 65536:
+        raise ConfigError("usage.invalid", f"{address[:255]!r} isn't host:port")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    """Inverse of `split_address`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,1 @@
+"""The agent's identity in the herd: joining once, its files, renewal."""
