@@ -178,6 +178,32 @@ class Offer:
                 wire.diagnostics.SetInParent()
         return wire
 
+    def to_json(self) -> dict[str, Any]:
+        """JSON members, for the agent's journal and for events."""
+        return {
+            "command_id": self.command_id,
+            "node_id": self.node_id,
+            "verb": verb_name(self.verb),
+            "arguments": verb_to_json(self.verb),
+            "issued_unix_ns": self.issued_unix_ns,
+            "accept_within_ms": self.accept_within_ms,
+            "actor": self.actor,
+            "epoch": self.epoch,
+        }
+
+    @classmethod
+    def from_json(cls, members: Mapping[str, Any]) -> Offer:
+        """Inverse of `to_json`. Raises ConfigError usage.invalid, PeerError peer.protocol."""
+        return cls(
+            command_id=check_uuid(str(members["command_id"]), "command_id"),
+            node_id=check_uuid(str(members["node_id"]), "node_id"),
+            verb=verb_from_json(str(members["verb"]), members["arguments"]),
+            issued_unix_ns=int(members["issued_unix_ns"]),
+            accept_within_ms=int(members["accept_within_ms"]),
+            actor=str(members["actor"]),
+            epoch=int(members["epoch"]),
+        )
+
     @classmethod
     def from_wire(cls, wire: pb.CommandOffer) -> Offer:
         """Raises PeerError command.unsupported | peer.protocol, ConfigError usage.invalid."""
@@ -222,7 +248,7 @@ FINAL_EVENTS = frozenset({"rejected", "succeeded", "failed", "indeterminate"})
 class Event:
     """One event of a command's life; `kind` is the wire's oneof name, `body` its JSON facts.
 
-    Bodies: accepted {}; progress {phase, done, total, unit}; succeeded {result members};
+    Bodies: accepted {} or {issued_here: an offer's `to_json()`} when the agent issued it; progress {phase, done, total, unit}; succeeded {result members};
     rejected | failed | indeterminate: an error's `as_dict()`.
     """
 
@@ -245,6 +271,8 @@ class Event:
         match self.kind:
             case "accepted":
                 wire.accepted.SetInParent()
+                if "issued_here" in self.body:
+                    wire.accepted.issued_here.CopyFrom(Offer.from_json(self.body["issued_here"]).to_wire())
             case "progress":
                 wire.progress.CopyFrom(pb.Progress(**self.body))
             case "succeeded":
@@ -269,6 +297,8 @@ class Event:
             raise PeerError("peer.protocol", "a command event of an unknown kind")
         body: dict[str, Any] = {}
         match kind:
+            case "accepted" if wire.accepted.HasField("issued_here"):
+                body = {"issued_here": Offer.from_wire(wire.accepted.issued_here).to_json()}
             case "progress":
                 progress = wire.progress
                 body = {"phase": progress.phase, "done": progress.done, "total": progress.total, "unit": progress.unit}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from starlette.responses import JSONResponse, Response
 
-from pgherd.proto.errors import PgherdError
+from pgherd.proto.errors import ConfigError, PgherdError
 
 
 def problem_response(error: PgherdError) -> Response:
@@ -23,10 +24,19 @@ def problem_response(error: PgherdError) -> Response:
 
 
 def install_problem_handler(app: FastAPI) -> None:
-    """Make `app` answer every PgherdError with `problem_response`."""
+    """Make `app` answer every PgherdError, and every request that doesn't fit its route, with `problem_response`."""
 
     def answer(_request: Request, error: Exception) -> Response:
         assert isinstance(error, PgherdError), "registered for this class only"
         return problem_response(error)
 
     app.add_exception_handler(PgherdError, answer)
+    app.add_exception_handler(RequestValidationError, _answer_unusable)
+
+
+def _answer_unusable(_request: Request, error: Exception) -> Response:
+    """A parameter or body that isn't what the route takes: usage.invalid, naming the first one."""
+    assert isinstance(error, RequestValidationError), "registered for this class only"
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return problem_response(ConfigError("usage.invalid", f"{where}: {first['msg']}", errors=len(error.errors())))

@@ -112,6 +112,6 @@ def reconcile(ledger: Sequence[OpenCommand], agent: Mapping[str, int], settled: 
             forgotten.append(command.id)
         elif command.id in ready:
             offer.append(command.id)
-    await_report.extend(sorted(id for id in agent if id in settled and id not in known))
-    unknown = sorted(id for id in agent if id not in known and id not in settled)
+    await_report.extend(sorted(one for one in agent if one in settled and one not in known))
+    unknown = sorted(one for one in agent if one not in known and one not in settled)
     return Reconciled(tuple(offer), tuple(await_report), tuple(forgotten), tuple(unknown))

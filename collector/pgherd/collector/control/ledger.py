@@ -16,6 +16,7 @@ from sqlalchemy import Connection, Row, delete, func, insert, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from pgherd.collector.control.admission import OpenCommand, Reconciled, Request, admit, offerable, reconcile
+from pgherd.collector.control.backupfacts import keep_backup_facts
 from pgherd.collector.control.lifecycle import (
     OPEN_STATES,
     DeadlinePassed,
@@ -29,9 +30,9 @@ from pgherd.collector.control.lifecycle import (
     step,
 )
 from pgherd.proto.clock import Clock
-from pgherd.proto.commands import GRADES, Event, Offer, Verb, policy_name, verb_from_json, verb_name, verb_to_json
+from pgherd.proto.commands import Event, Offer, Verb, policy_name, verb_from_json, verb_name, verb_to_json
 from pgherd.proto.errors import ConfigError, DeniedError, PeerError, PreconditionError
-from pgherd.storage.control.schema import agents, audit, backups, command_events, commands, nodes
+from pgherd.storage.control.schema import agents, audit, command_events, commands, nodes
 from pgherd.storage.control.store import ControlStore
 
 ACCEPT_WITHIN_DEFAULT_S = 60.0
@@ -91,34 +92,10 @@ class Ledger:
             known_id = admit(request, earlier, _open_on_node(connection, target.id))
             if known_id is not None:
                 return Submitted(known_id, target.agent_id, created=False)
-            command_id = str(uuid.uuid4())
-            connection.execute(
-                insert(commands).values(
-                    id=command_id,
-                    seq=select(func.coalesce(func.max(commands.c.seq), 0) + 1).scalar_subquery(),
-                    node_id=target.id,
-                    agent_id=target.agent_id,
-                    verb=verb_name(verb),
-                    arguments=verb_to_json(verb),
-                    actor=actor,
-                    via=via,
-                    idempotency_key=idempotency_key,
-                    epoch=epoch,
-                    issued_unix_ns=now_unix_ns,
-                    accept_deadline_unix_ns=now_unix_ns + round(accept_within_s * 1e9),
-                    state=State.QUEUED.value,
-                )
-            )
-            write_audit(
-                connection,
-                now_unix_ns,
-                actor,
-                via,
-                "command.issued",
-                command_id,
-                {"node": target.id, "verb": policy_name(verb)},
-            )
-        return Submitted(command_id, target.agent_id, created=True)
+            accept_within_ms = max(1, round(accept_within_s * 1000))
+            offer = Offer(str(uuid.uuid4()), target.id, verb, now_unix_ns, accept_within_ms, actor, epoch)
+            _insert(connection, now_unix_ns, offer, target.agent_id, actor=actor, via=via, idempotency_key=idempotency_key)
+        return Submitted(offer.command_id, target.agent_id, created=True)
 
     # ---- offering -------------------------------------------------------------------------------
 
@@ -131,11 +108,11 @@ class Ledger:
         now_unix_ns = self._clock.wall_unix_ns()
         left_out = set(besides)
         with self._store.read() as connection:  # the common case, nothing to offer, takes no write lock
-            if not [id for id in offerable(_open_commands(connection, agent_id)) if id not in left_out]:
+            if not set(offerable(_open_commands(connection, agent_id))) - left_out:
                 return []
         with self._store.begin() as connection:
-            ready = [id for id in offerable(_open_commands(connection, agent_id)) if id not in left_out]
-            offers = []
+            ready = [one for one in offerable(_open_commands(connection, agent_id)) if one not in left_out]
+            offers: list[Offer] = []
             for row in _rows(connection, ready[: limit * 2]):
                 remaining_ns = row.accept_deadline_unix_ns - now_unix_ns
                 if remaining_ns <= 0 or len(offers) == limit:
@@ -152,7 +129,7 @@ class Ledger:
         now_unix_ns = self._clock.wall_unix_ns()
         with self._store.begin() as connection:
             listed = {row.id: row.agent_id for row in _rows(connection, list(unfinished))}
-            foreign = sorted(id for id, owner in listed.items() if owner != agent_id)
+            foreign = sorted(one for one, owner in listed.items() if owner != agent_id)
             if foreign:
                 raise _foreign(agent_id, foreign[0])
             found = reconcile(_open_commands(connection, agent_id), unfinished, frozenset(listed))
@@ -166,8 +143,9 @@ class Ledger:
     def record(self, agent_id: str, event: Event) -> Recorded:
         """Keep an event of `agent_id`; idempotent by (command, sequence). Acknowledge when it returns.
 
-        An event of a command that this ledger doesn't know (restored from an older copy, or issued by
-        the agent's own schedule) is kept in the audit. Raises DeniedError identity.mismatch for another
+        A command that the agent issued to itself enters the ledger with its `accepted`. An event of any
+        other command that this ledger doesn't know (it was restored from an older copy) is kept in the
+        audit. Raises DeniedError identity.mismatch for another
         agent's command (audited), PeerError peer.protocol for a sequence out of range.
         """
         if not 1 <= event.sequence <= _SEQUENCE_MAX:
@@ -175,17 +153,18 @@ class Ledger:
         now_unix_ns = self._clock.wall_unix_ns()
         actor = f"agent:{agent_id}"
         with self._store.begin() as connection:
-            row = next(iter(_rows(connection, [event.command_id])), None)
+            row = _row(connection, event.command_id) or _take_in(connection, now_unix_ns, agent_id, event)
             if row is None:
-                _keep_unknown(connection, now_unix_ns, agent_id, event)
-                return Recorded(None, changed=True, known=False)
+                if event.kind != "progress":
+                    _keep_unknown(connection, now_unix_ns, agent_id, event)
+                return Recorded(None, changed=False, known=False)
             if row.agent_id == agent_id:
                 before = State(row.state)
                 if not _append(connection, event, now_unix_ns):
                     return Recorded(before, changed=False)
                 life = _apply(connection, row, [])
                 if life.outcome is not None and life.outcome.sequence == event.sequence:
-                    _keep_backup_facts(connection, row.node_id, row.verb, event, now_unix_ns)
+                    keep_backup_facts(connection, row.node_id, row.verb, row.arguments, event, now_unix_ns)
                     detail = {"state": life.state.value, "late": life.late}
                     write_audit(connection, now_unix_ns, actor, "grpc", "command.finished", row.id, detail)
                 return Recorded(life.state, changed=True)
@@ -253,6 +232,38 @@ def resolve_node(connection: Connection, name: str) -> Row[Any]:
     return found[0]
 
 
+def _insert(
+    connection: Connection,
+    now_unix_ns: int,
+    offer: Offer,
+    agent_id: str,
+    *,
+    actor: str,
+    via: str,
+    idempotency_key: str | None = None,
+) -> None:
+    """A new command, queued, and who issued it."""
+    connection.execute(
+        insert(commands).values(
+            id=offer.command_id,
+            seq=select(func.coalesce(func.max(commands.c.seq), 0) + 1).scalar_subquery(),
+            node_id=offer.node_id,
+            agent_id=agent_id,
+            verb=verb_name(offer.verb),
+            arguments=verb_to_json(offer.verb),
+            actor=actor,
+            via=via,
+            idempotency_key=idempotency_key,
+            epoch=offer.epoch,
+            issued_unix_ns=offer.issued_unix_ns,
+            accept_deadline_unix_ns=offer.issued_unix_ns + offer.accept_within_ms * 1_000_000,
+            state=State.QUEUED.value,
+        )
+    )
+    detail = {"node": offer.node_id, "verb": policy_name(offer.verb)}
+    write_audit(connection, now_unix_ns, actor, via, "command.issued", offer.command_id, detail)
+
+
 def _by_key(connection: Connection, key: str | None) -> tuple[str, Request] | None:
     if key is None:
         return None
@@ -277,6 +288,10 @@ def _rows(connection: Connection, ids: Sequence[str]) -> list[Row[Any]]:
     if not ids:
         return []
     return list(connection.execute(select(commands).where(commands.c.id.in_(ids)).order_by(commands.c.seq)).all())
+
+
+def _row(connection: Connection, command_id: str) -> Row[Any] | None:
+    return next(iter(_rows(connection, [command_id])), None)
 
 
 def _offer(row: Row[Any], remaining_ns: int) -> Offer:
@@ -360,36 +375,19 @@ def _foreign(agent_id: str, command_id: str) -> DeniedError:
     return DeniedError("identity.mismatch", "the command belongs to another agent", agent_id=agent_id, command_id=command_id)
 
 
+def _take_in(connection: Connection, now_unix_ns: int, agent_id: str, event: Event) -> Row[Any] | None:
+    """The new row of a command that the agent issued to itself, if the event says so and the node is its own."""
+    members = event.body.get("issued_here")
+    if event.kind != "accepted" or members is None:
+        return None
+    offer = Offer.from_json(members)
+    owned = select(nodes.c.id).where(nodes.c.id == offer.node_id, nodes.c.agent_id == agent_id)
+    if offer.command_id != event.command_id or connection.execute(owned).first() is None:
+        return None
+    _insert(connection, now_unix_ns, offer, agent_id, actor=f"agent:{agent_id}", via=offer.actor[:32])
+    return _row(connection, offer.command_id)
+
+
 def _keep_unknown(connection: Connection, now_unix_ns: int, agent_id: str, event: Event) -> None:
     detail = {"kind": event.kind, "sequence": event.sequence, "unix_ns": event.unix_ns, "body": dict(event.body)}
     write_audit(connection, now_unix_ns, f"agent:{agent_id}", "grpc", "command.unknown_event", event.command_id, detail)
-    node_id = str(event.body.get("node_id", "")) if event.kind == "succeeded" else ""
-    owned = select(nodes.c.id).where(nodes.c.id == node_id, nodes.c.agent_id == agent_id)
-    if "stored_bytes" in event.body and connection.execute(owned).first() is not None:
-        _keep_backup_facts(connection, node_id, "backup.run", event, now_unix_ns)
-
-
-def _keep_backup_facts(connection: Connection, node_id: str, verb: str, event: Event, now_unix_ns: int) -> None:
-    """What a success proves about a backup. A grade only rises: an older, lower proof takes nothing away."""
-    if event.kind != "succeeded":
-        return
-    body = event.body
-    if verb == "backup.run":
-        facts = {
-            name: body[name]
-            for name in ("system_identifier", "started_unix_ns", "finished_unix_ns", "stored_bytes", "databases", "complete")
-        } | {"warnings": body["warnings"], "grade": body["grade"], "graded_unix_ns": event.unix_ns}
-        row = upsert(backups).values(node_id=node_id, name=body["name"], **facts)
-        connection.execute(row.on_conflict_do_nothing())
-    if verb in ("backup.verify", "restore"):
-        mine = (backups.c.node_id == node_id) & (backups.c.name == body["backup"])
-        known = connection.execute(select(backups.c.grade).where(mine)).scalar()
-        if known is None:
-            return  # taken before this collector knew the node: its summary comes with the next listing
-        proven: dict[str, Any] = {}
-        if GRADES.index(body["grade"]) > GRADES.index(known):
-            proven |= {"grade": body["grade"], "graded_unix_ns": event.unix_ns}
-        if verb == "restore":
-            proven["restore_duration_s"] = body["duration_s"]
-        if proven:
-            connection.execute(update(backups).where(mine).values(**proven))

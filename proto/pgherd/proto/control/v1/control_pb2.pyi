@@ -245,8 +245,10 @@ class CommandEventAck(_message.Message):
     def __init__(self, command_id: _Optional[str] = ..., sequence: _Optional[int] = ...) -> None: ...
 
 class Accepted(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("issued_here",)
+    ISSUED_HERE_FIELD_NUMBER: _ClassVar[int]
+    issued_here: CommandOffer
+    def __init__(self, issued_here: _Optional[_Union[CommandOffer, _Mapping]] = ...) -> None: ...
 
 class Rejected(_message.Message):
     __slots__ = ("error",)
