@@ -137,8 +137,11 @@ def running(
     pipe_stdin: bool = False,
     user: str | int | None = None,
     group: str | int | None = None,
+    new_session: bool = False,
 ) -> Iterator[Child]:
     """Start a child; on leaving the block it is ended if it still runs.
+
+    `new_session` keeps a terminal's Ctrl-C from it: the parent ends it in its own order.
 
     `argv[0]` is an absolute path or a name on PATH. `env` replaces the environment (default:
     `clean_environment()`). Raises ConfigError child.missing when the program isn't there.
@@ -155,6 +158,7 @@ def running(
             user=user,
             group=group,
             extra_groups=[] if user is not None else None,
+            start_new_session=new_session,
         )
     except (FileNotFoundError, PermissionError) as error:
         raise ConfigError(

@@ -1,0 +1,143 @@
+"""`make demo`: a herd on this machine, from the first sample to a restored backup with equal content.
+
+On a terminal it shows the herd until Ctrl-C. `--for 60s` ends by itself, `--json` prints one summary; the exit
+status is 0 only if every step truly happened. Nothing is left running and nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # run as a script: its modules are siblings
+
+from commands import measuring, survivors
+from herd import Herd, herd
+from rich.console import Console
+from rich.live import Live
+from servers import pair
+from story import Story
+from view import picture
+
+from pgherd.postgres.os_user import server_user
+from pgherd.postgres.scratch import sweep, workspace
+from pgherd.proto.errors import PgherdError
+from pgherd.runtime.config import parse_duration_s
+from pgherd.runtime.render import emit_json, render_error
+
+PARENT = Path(tempfile.gettempdir()) / "pgherd-demo"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
+    parser.add_argument(
+        "--for", dest="for_s", type=parse_duration_s, metavar="60s", help="end by itself, after the story and this time"
+    )
+    parser.add_argument("--json", action="store_true", help="run unattended and print one JSON summary")
+    return parser.parse_args()
+
+
+def show(running: Herd, story: Story, until_mono_s: float | None, console: Console) -> None:
+    """Tell the story in a thread of its own and redraw the view until the time is over or Ctrl-C."""
+    teller = threading.Thread(target=story.tell, name="story", daemon=True)
+    teller.start()
+    with Live(console=console, auto_refresh=False) as live:
+        while teller.is_alive() or until_mono_s is None or time.monotonic() < until_mono_s:
+            live.update(picture(running, story), refresh=True)
+            time.sleep(1.0)
+
+
+def unattended(story: Story, until_mono_s: float, console: Console) -> None:
+    """Tell the story, a line per step on stderr, then let the herd run until the time is over."""
+    told = threading.Event()
+
+    def tell() -> None:
+        try:
+            story.tell()
+        finally:
+            told.set()
+
+    threading.Thread(target=tell, name="story", daemon=True).start()
+    printed = 0
+    while not (told.is_set() and printed == len(story.steps)):
+        told.wait(0.2)
+        while printed < len(story.steps) and story.steps[printed].ok is not None:
+            step = story.steps[printed]
+            console.print(
+                f"{'ok  ' if step.ok else 'FAIL'} {step.name} ({step.seconds:.1f} s) {step.error}",
+                highlight=False,
+                markup=False,
+            )
+            printed += 1
+    while time.monotonic() < until_mono_s:
+        time.sleep(0.2)
+
+
+def run(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    """The whole demo; returns its summary and whether everything happened."""
+    started_mono_s = time.monotonic()
+    console = Console(stderr=True)
+    with contextlib.ExitStack() as stack:
+        sweep(PARENT)
+        directory = stack.enter_context(workspace(PARENT))
+        console.print("starting PostgreSQL …", style="dim")
+        servers = stack.enter_context(pair(directory))
+        running = stack.enter_context(herd(directory, servers, server_user("postgres", "nobody").name))
+        story = Story(running)
+        with measuring(running):
+            story.begin()
+            if story.ok:
+                until_mono_s = started_mono_s + options.for_s if options.for_s else None
+                if options.json or not console.is_terminal:
+                    unattended(story, until_mono_s or started_mono_s, console)
+                else:
+                    with contextlib.suppress(KeyboardInterrupt):
+                        show(running, story, until_mono_s, console)
+            processes = [service.figures() for service in running.services]
+        if not story.ok:
+            for service in running.services:
+                console.print(f"--- {service.name}\n{service.tail()}", highlight=False, markup=False)
+    left = survivors(directory)
+    with story.step("nothing is left running or behind") as step:
+        step.figures = {"processes": left, "files": [str(directory)] if directory.exists() else []}
+        step.ok = not left and not directory.exists()
+        if not step.ok:
+            raise OSError(f"left behind: {step.figures}")
+    summary = {
+        "ok": story.ok,
+        "seconds": round(time.monotonic() - started_mono_s, 1),
+        "postgresql": servers.binaries.major,
+        "steps": [step.as_dict() for step in story.steps],
+        "processes": processes,
+    }
+    return summary, story.ok
+
+
+def main() -> int:
+    options = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    try:
+        summary, ok = run(options)
+    except PgherdError as error:
+        render_error(error, as_json=options.json)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    if options.json:
+        emit_json(summary)
+    else:
+        for step in summary["steps"]:
+            print(f"{'ok  ' if step['ok'] else 'FAIL'} {step['name']} ({step['seconds']:.1f} s) {step.get('error', '')}")
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
