@@ -1,0 +1,177 @@
+"""Functions of range vectors, each over all series and steps of a window at once.
+
+Source: Prometheus documentation, "Query functions"; the extrapolation of rate() and its relatives follows
+Prometheus 3 (the distance to the counter's zero shortens the extrapolation after the threshold was applied).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from pgherd.promql.grid import Bools, Floats, Integers
+from pgherd.promql.sums import window_reduce, window_sums
+from pgherd.promql.windows import RangeFunction, RangeWindow
+
+# "Close to the boundary": up to 10 % more than the average distance of samples.
+_EXTRAPOLATION_SLACK = 1.1
+# Elements of a gathered (steps × longest window) matrix that are held at once.
+_GATHER_CELLS = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class RangeFunctionInfo:
+    """How the engine applies a range function."""
+
+    compute: RangeFunction
+    samples_min: int = 1
+    keeps_name: bool = False
+
+
+def extrapolated(window: RangeWindow, *, is_counter: bool, per_second: bool) -> Floats:
+    """Increase over the whole range, extrapolated from the first and last sample to the range's ends."""
+    times, last_index = window.times_ms, window.high - 1
+    first = window.values[:, window.low]
+    result = window.values[:, last_index] - first
+    if is_counter:
+        result += _resets_lost(window)
+    sampled_s = (times[last_index] - times[window.low]) / 1000.0
+    average_s = sampled_s / (window.counts - 1)
+    to_start_s = _bounded((times[window.low] - window.start_ms) / 1000.0, average_s)
+    to_end_s = _bounded((window.end_ms - times[last_index]) / 1000.0, average_s)
+    covered_s = sampled_s + to_start_s + to_end_s
+    if is_counter:
+        # A counter isn't negative: go back at most to where the observed slope would have started from zero.
+        to_zero_s = sampled_s * (first / result)
+        shortened = (result > 0) & (first >= 0) & (to_zero_s < to_start_s)
+        covered_s = np.where(shortened, sampled_s + to_zero_s + to_end_s, covered_s)
+    factor = covered_s / sampled_s
+    if per_second:
+        factor = factor / ((window.end_ms - window.start_ms) / 1000.0)
+    result *= factor
+    return result
+
+
+def _bounded(gap_s: Floats, average_s: Floats) -> Floats:
+    return np.where(gap_s >= average_s * _EXTRAPOLATION_SLACK, average_s / 2, gap_s)
+
+
+def _resets_lost(window: RangeWindow) -> Floats:
+    """What counter resets within each window took away: the sum of the values just before them."""
+    lost = np.zeros((window.values.shape[0], len(window.low)))
+    dropped = window.values[:, 1:] < window.values[:, :-1]
+    rows = np.flatnonzero(dropped.any(axis=1))
+    if len(rows):
+        before = np.zeros((len(rows), window.values.shape[1]))
+        before[:, 1:] = np.where(dropped[rows], window.values[rows, :-1], 0.0)
+        lost[rows] = window_reduce(np.add, before, window.low + 1, window.high)
+    return lost
+
+
+def _average(window: RangeWindow) -> Floats:
+    totals = window_sums(window.values, window.low, window.high)
+    averages = totals / window.counts
+    # Finite samples whose sum overflows still have an average.
+    for row, step in np.argwhere(np.isinf(totals)):
+        samples = window.values[row, window.low[step] : window.high[step]]
+        if np.isfinite(samples).all():
+            averages[row, step] = np.sum(samples / len(samples))
+    return averages
+
+
+def _variance(window: RangeWindow) -> Floats:
+    result = np.empty((window.values.shape[0], len(window.low)))
+    for row, steps, samples, inside in _gathered(window):
+        counts = inside.sum(axis=1)
+        # Subtracting any sample first keeps the mean's rounding relative to the spread, not to the magnitude.
+        shifted = np.where(inside, samples - samples[:, :1], 0.0)
+        deviations = np.where(inside, shifted - (shifted.sum(axis=1) / counts)[:, np.newaxis], 0.0)
+        result[row, steps] = (deviations**2).sum(axis=1) / counts
+    return result
+
+
+def quantile_of(window: RangeWindow, quantile: Floats) -> Floats:
+    """The φ-quantile with linear interpolation; ±Inf for φ outside [0, 1], NaN for a NaN φ. `quantile` is (T,)."""
+    result = np.empty((window.values.shape[0], len(window.low)))
+    for row, steps, samples, inside in _gathered(window):
+        counts = inside.sum(axis=1)
+        # Prometheus sorts NaN before everything, numpy after: NaN inside becomes the least, padding the greatest.
+        nans = (inside & np.isnan(samples)).sum(axis=1)
+        ordered = np.sort(np.where(inside & ~np.isnan(samples), samples, np.inf), axis=1)
+        phi = quantile[steps]
+        rank = np.where(np.isnan(phi), 0.0, np.clip(phi, 0, 1)) * (counts - 1)
+        below = np.floor(rank).astype(np.int64)
+        above = np.minimum(below + 1, counts - 1)
+        weight = rank - below
+        lines = np.arange(len(counts))
+        lower = np.where(below < nans, np.nan, ordered[lines, np.maximum(below - nans, 0)])
+        upper = np.where(above < nans, np.nan, ordered[lines, np.maximum(above - nans, 0)])
+        found = lower * (1 - weight) + upper * weight
+        found = np.where(phi < 0, -np.inf, np.where(phi > 1, np.inf, found))
+        result[row, steps] = np.where(np.isnan(phi), np.nan, found)
+    return result
+
+
+def _gathered(window: RangeWindow) -> Iterator[tuple[int, slice, Floats, Bools]]:
+    """Per series and some steps: the windows as rows of a padded matrix, and which of its elements are real."""
+    longest = int(window.counts.max())
+    lines = max(1, _GATHER_CELLS // longest)
+    for start in range(0, len(window.low), lines):
+        steps = slice(start, start + lines)
+        reach = np.arange(longest)[np.newaxis, :]
+        inside = reach < window.counts[steps, np.newaxis]
+        index = np.minimum(window.low[steps, np.newaxis] + reach, len(window.times_ms) - 1)
+        for row in range(window.values.shape[0]):
+            yield row, steps, window.values[row][index], inside
+
+
+def _instant_delta(window: RangeWindow, *, per_second: bool) -> Floats:
+    """irate() and idelta(): from the last two samples only."""
+    last, previous = window.values[:, window.high - 1], window.values[:, window.high - 2]
+    if not per_second:
+        return last - previous
+    elapsed_s = (window.times_ms[window.high - 1] - window.times_ms[window.high - 2]) / 1000.0
+    return np.where(last < previous, last, last - previous) / elapsed_s
+
+
+def _count_pairs(window: RangeWindow, happened: Bools) -> Floats:
+    """How many neighbouring pairs within each window satisfy `happened` (S, N-1)."""
+    running = np.zeros(window.values.shape, dtype=np.int64)
+    np.cumsum(happened, axis=1, out=running[:, 1:])
+    return (running[:, window.high - 1] - running[:, window.low]).astype(np.float64)
+
+
+def _changes(window: RangeWindow) -> Floats:
+    before, after = window.values[:, :-1], window.values[:, 1:]
+    return _count_pairs(window, (before != after) & ~(np.isnan(before) & np.isnan(after)))
+
+
+def _resets(window: RangeWindow) -> Floats:
+    return _count_pairs(window, window.values[:, 1:] < window.values[:, :-1])
+
+
+def _spread(window: RangeWindow, row: Integers | Floats) -> Floats:
+    """A result that is the same for every series."""
+    return np.broadcast_to(np.asarray(row, dtype=np.float64), (window.values.shape[0], len(window.low)))
+
+
+RANGE_FUNCTIONS: Mapping[str, RangeFunctionInfo] = {
+    "rate": RangeFunctionInfo(lambda window: extrapolated(window, is_counter=True, per_second=True), samples_min=2),
+    "increase": RangeFunctionInfo(lambda window: extrapolated(window, is_counter=True, per_second=False), samples_min=2),
+    "delta": RangeFunctionInfo(lambda window: extrapolated(window, is_counter=False, per_second=False), samples_min=2),
+    "irate": RangeFunctionInfo(lambda window: _instant_delta(window, per_second=True), samples_min=2),
+    "idelta": RangeFunctionInfo(lambda window: _instant_delta(window, per_second=False), samples_min=2),
+    "changes": RangeFunctionInfo(_changes),
+    "resets": RangeFunctionInfo(_resets),
+    "avg_over_time": RangeFunctionInfo(_average),
+    "min_over_time": RangeFunctionInfo(lambda window: window_reduce(np.fmin, window.values, window.low, window.high)),
+    "max_over_time": RangeFunctionInfo(lambda window: window_reduce(np.fmax, window.values, window.low, window.high)),
+    "sum_over_time": RangeFunctionInfo(lambda window: window_sums(window.values, window.low, window.high)),
+    "count_over_time": RangeFunctionInfo(lambda window: _spread(window, window.counts)),
+    "present_over_time": RangeFunctionInfo(lambda window: _spread(window, np.ones(len(window.low)))),
+    "last_over_time": RangeFunctionInfo(lambda window: window.values[:, window.high - 1], keeps_name=True),
+    "stddev_over_time": RangeFunctionInfo(lambda window: np.sqrt(_variance(window))),
+    "stdvar_over_time": RangeFunctionInfo(_variance),
+}

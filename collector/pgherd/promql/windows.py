@@ -1,0 +1,151 @@
+"""Selectors: from fetched samples to values per step.
+
+Series that share their timestamps (an agent stamps a whole cycle once) are kept as one block, so that one
+binary search serves all of them and every later operation runs over two dimensions.
+
+Intervals are left-open as in Prometheus 3: a sample exactly `range` or `lookback` old is outside.
+A stale marker ends a series for instant selectors and doesn't exist for range selectors.
+Source: Prometheus documentation, "Querying basics" (staleness), "Prometheus 3.0 migration guide" (left-open ranges).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pgherd.promql.grid import Bools, Floats, Integers, Labels, VectorGrid, to_labels
+from pgherd.promql.source import SeriesWindow
+from pgherd.proto.samples import STALE_NAN_BITS
+
+# Cells (series × steps) worked on at once: bounds temporaries to some 16 MB and the time between two checkpoints.
+_CHUNK_CELLS = 2_000_000
+# How many recent timestamp arrays of equal length and ends a series is compared with.
+_CANDIDATES_MAX = 4
+
+Checkpoint = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """Series with common timestamps: `values` is (S, N), `times_ms` (N,), `rows` their places in the selection."""
+
+    rows: NDArray[np.intp]
+    times_ms: Integers
+    values: Floats
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Selection:
+    """What one selector fetched; `labels` are in label order, each of them in exactly one block or in none."""
+
+    labels: Sequence[Labels]
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RangeWindow:
+    """The samples of a block within each step's range, T steps of at least one sample each.
+
+    Step t covers `values[:, low[t]:high[t]]` of the interval `(start_ms[t], end_ms[t]]`.
+    """
+
+    times_ms: Integers
+    values: Floats
+    low: Integers
+    high: Integers
+    start_ms: Integers
+    end_ms: Integers
+
+    @property
+    def counts(self) -> Integers:
+        """Samples per step."""
+        return self.high - self.low
+
+
+# A function of a range vector: (S, T) values for a window whose steps all hold enough samples.
+RangeFunction = Callable[[RangeWindow], Floats]
+
+
+def is_stale(values: Floats) -> Bools:
+    """Where the bits are Prometheus' staleness marker."""
+    stale: Bools = np.ascontiguousarray(values).view(np.uint64) == STALE_NAN_BITS
+    return stale
+
+
+def arrange(series: Sequence[SeriesWindow], *, drop_stale: bool) -> Selection:
+    """Order fetched series by labels and gather those with equal timestamps into blocks."""
+    ordered = sorted(((to_labels(window.labels), window) for window in series), key=lambda pair: pair[0])
+    groups: dict[tuple[int, int, int], list[tuple[Integers, list[int], list[Floats]]]] = {}
+    for row, (_, window) in enumerate(ordered):
+        times = np.asarray(window.times_ms, dtype=np.int64)
+        values = np.asarray(window.values, dtype=np.float64)
+        if drop_stale and np.isnan(values).any():
+            kept = ~is_stale(values)
+            times, values = times[kept], values[kept]
+        if not len(times):
+            continue
+        candidates = groups.setdefault((len(times), int(times[0]), int(times[-1])), [])
+        for known, rows, columns in candidates[-_CANDIDATES_MAX:]:
+            if known is times or np.array_equal(known, times):
+                rows.append(row)
+                columns.append(values)
+                break
+        else:
+            candidates.append((times, [row], [values]))
+    blocks = [
+        Block(np.array(rows, dtype=np.intp), times, np.stack(columns))
+        for candidates in groups.values()
+        for times, rows, columns in candidates
+    ]
+    return Selection([labels for labels, _ in ordered], blocks)
+
+
+def instant_vector(selection: Selection, at_ms: Integers, lookback_ms: int, checkpoint: Checkpoint) -> VectorGrid:
+    """The newest sample in `(t - lookback, t]` of every series, unless it is a stale marker."""
+    values = np.zeros((len(selection.labels), len(at_ms)))
+    present = np.zeros(values.shape, dtype=np.bool_)
+    for block in selection.blocks:
+        newest = np.searchsorted(block.times_ms, at_ms, side="right") - 1
+        steps = np.flatnonzero((newest >= 0) & (block.times_ms[np.maximum(newest, 0)] > at_ms - lookback_ms))
+        for rows, part in _chunks(block, len(steps)):
+            checkpoint()
+            found = part[:, newest[steps]]
+            values[np.ix_(rows, steps)] = found
+            present[np.ix_(rows, steps)] = ~is_stale(found)
+    return VectorGrid(selection.labels, values, present).inhabited()
+
+
+def range_vector(
+    selection: Selection,
+    at_ms: Integers,
+    range_ms: int,
+    function: RangeFunction,
+    samples_min: int,
+    checkpoint: Checkpoint,
+) -> VectorGrid:
+    """`function` of the samples in `(t - range, t]` of every series, absent where there are fewer than `samples_min`."""
+    values = np.zeros((len(selection.labels), len(at_ms)))
+    present = np.zeros(values.shape, dtype=np.bool_)
+    start_ms = at_ms - range_ms
+    for block in selection.blocks:
+        low = np.searchsorted(block.times_ms, start_ms, side="right")
+        high = np.searchsorted(block.times_ms, at_ms, side="right")
+        steps = np.flatnonzero(high - low >= samples_min)
+        if not len(steps):
+            continue
+        for rows, part in _chunks(block, len(steps)):
+            checkpoint()
+            window = RangeWindow(block.times_ms, part, low[steps], high[steps], start_ms[steps], at_ms[steps])
+            values[np.ix_(rows, steps)] = function(window)
+            present[np.ix_(rows, steps)] = True
+    return VectorGrid(selection.labels, values, present).inhabited()
+
+
+def _chunks(block: Block, steps: int) -> Iterator[tuple[NDArray[np.intp], Floats]]:
+    """The block by slices of series small enough to work on at once."""
+    size = max(1, _CHUNK_CELLS // max(steps, len(block.times_ms)))
+    for start in range(0, len(block.rows), size):
+        yield block.rows[start : start + size], block.values[start : start + size]
