@@ -1,0 +1,1 @@
+"""From samples to acknowledged points: OTLP bytes, the spool on disk, the shipper."""

@@ -1,0 +1,204 @@
+"""The shipper: spooled batches to the collector, one at a time, dropped only after the ack.
+
+What the collector's answer means (OTLP specification, "OTLP/gRPC response"; our ingest codes):
+
+    OK                                                   acked; rejected points inside are counted, not retried
+    INVALID_ARGUMENT                                     poison: this batch never gets in; set aside, go on
+    RESOURCE_EXHAUSTED without RetryInfo                 too large: poison
+    UNAUTHENTICATED, PERMISSION_DENIED                   keep, retry slowly on a new channel (renewed certificate)
+    anything else                                        keep, retry with backoff and jitter, RetryInfo honoured
+
+A wrong server at that address answers UNIMPLEMENTED
+for everything, so UNIMPLEMENTED is retried like an outage.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import grpc
+import grpc.aio
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
+
+from pgherd.agent.telemetry.spool import Batch, Spool
+from pgherd.proto.clock import Clock
+from pgherd.runtime.logging import get_logger
+
+METHOD: Final = "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export"
+INCARNATION_KEY: Final = "pgherd-incarnation"
+SEQUENCE_KEY: Final = "pgherd-sequence"
+
+_log = get_logger(__name__)
+
+ChannelFactory = Callable[[], grpc.aio.Channel]
+Verdict = Literal["acked", "poison", "retry", "denied"]
+
+
+@dataclass(frozen=True, slots=True)
+class ShipSettings:
+    """How patient the shipper is."""
+
+    deadline_s: float = 15.0
+    backoff_min_s: float = 0.5
+    backoff_max_s: float = 30.0
+    denied_retry_s: float = 60.0
+    idle_poll_s: float = 30.0  # wakes anyway, in case a wake-up was missed
+
+
+@dataclass(frozen=True, slots=True)
+class ShipStatus:
+    """Cumulative since this process started, and how the last attempt ended."""
+
+    attempts: int = 0
+    failures: int = 0
+    rejected_points: int = 0  # inside acknowledged batches, by the collector's word
+    last_acked_unix_ns: int = 0
+    last_error: str = ""  # gRPC status name, "" after a success
+
+
+class Shipper:
+    """Moves batches from a spool to the collector until it is cancelled."""
+
+    def __init__(
+        self,
+        spool: Spool,
+        channel_factory: ChannelFactory,
+        clock: Clock,
+        settings: ShipSettings | None = None,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self._spool = spool
+        self._channel_factory = channel_factory
+        self._clock = clock
+        self._settings = settings or ShipSettings()
+        self._jitter = jitter
+        self._news = asyncio.Event()
+        self._channel: grpc.aio.Channel | None = None
+        self._failures_in_row = 0
+        self.status = ShipStatus()
+
+    def notify(self) -> None:
+        """Something was appended (call from the event loop)."""
+        self._news.set()
+
+    async def reconnect(self) -> None:
+        """Use a new channel from the next batch on: the certificate was renewed."""
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            await channel.close(grace=None)
+        self._news.set()
+
+    async def run(self) -> None:
+        """Ship until cancelled. Never raises for the collector's sake; closes its channel at the end."""
+        try:
+            while True:
+                self._news.clear()
+                pause_s = await self.ship_next()
+                if pause_s is None:  # nothing waits
+                    pause_s = self._settings.idle_poll_s
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._news.wait(), pause_s)
+                elif pause_s > 0:
+                    await asyncio.sleep(pause_s)
+        finally:
+            await self.reconnect()
+
+    async def ship_next(self) -> float | None:
+        """Send the oldest batch once. Returns seconds to wait before the next, None when nothing waits."""
+        batch = await asyncio.to_thread(self._spool.head)
+        if batch is None:
+            return None
+        verdict, pause_s, why = await self._send(batch)
+        match verdict:
+            case "acked":
+                await asyncio.to_thread(self._spool.release, batch, "acked")
+                self._failures_in_row = 0
+                return 0.0
+            case "poison":
+                _log.error("ship.refused", sequence=batch.sequence, points=batch.points, why=why)
+                await asyncio.to_thread(self._spool.release, batch, "poisoned")
+                self._failures_in_row = 0
+                return 0.0
+            case "denied":
+                _log.error("ship.denied", why=why, hint="join again, or look whether this agent was revoked")
+                await self.reconnect()
+                return self._settings.denied_retry_s
+            case "retry":
+                self._failures_in_row += 1
+                if self._failures_in_row in (1, 10, 100) or self._failures_in_row % 1000 == 0:
+                    _log.warning("ship.delayed", why=why, failures_in_row=self._failures_in_row)
+                return pause_s if pause_s is not None else self._backoff_s()
+
+    def _backoff_s(self) -> float:
+        doublings = min(self._failures_in_row - 1, 16)
+        full = min(self._settings.backoff_max_s, self._settings.backoff_min_s * 2**doublings)
+        return full * (0.5 + 0.5 * self._jitter())
+
+    async def _send(self, batch: Batch) -> tuple[Verdict, float | None, str]:
+        if self._channel is None:
+            self._channel = self._channel_factory()
+        call = self._channel.unary_unary(METHOD, request_serializer=None, response_deserializer=None)
+        status = self.status
+        attempts = status.attempts + 1
+        try:
+            answer = await call(
+                batch.payload,
+                timeout=self._settings.deadline_s,
+                metadata=((INCARNATION_KEY, batch.incarnation), (SEQUENCE_KEY, str(batch.sequence))),
+                compression=grpc.Compression.Gzip,
+            )
+            rejected = _rejected_points(answer)
+        except grpc.aio.AioRpcError as error:
+            name = error.code().name
+            self.status = ShipStatus(attempts, status.failures + 1, status.rejected_points, status.last_acked_unix_ns, name)
+            pause_s = retry_delay_s(error)
+            return judge(error.code(), pause_s is not None), pause_s, f"{name}: {error.details() or ''}"[:300]
+        except ValueError as error:  # the answer isn't OTLP
+            self.status = ShipStatus(
+                attempts, status.failures + 1, status.rejected_points, status.last_acked_unix_ns, "MALFORMED_ANSWER"
+            )
+            return "retry", None, str(error)
+        if rejected:
+            _log.warning("ship.partly_rejected", sequence=batch.sequence, rejected_points=rejected)
+        self.status = ShipStatus(attempts, status.failures, status.rejected_points + rejected, self._clock.wall_unix_ns(), "")
+        return "acked", None, ""
+
+
+def judge(code: grpc.StatusCode, has_retry_info: bool) -> Verdict:
+    """What a failed Export means for its batch (see the module's table). Pure."""
+    match code:
+        case grpc.StatusCode.INVALID_ARGUMENT:
+            return "poison"
+        case grpc.StatusCode.RESOURCE_EXHAUSTED if not has_retry_info:
+            return "poison"
+        case grpc.StatusCode.UNAUTHENTICATED | grpc.StatusCode.PERMISSION_DENIED:
+            return "denied"
+        case _:
+            return "retry"
+
+
+def _rejected_points(answer: bytes) -> int:
+    try:
+        response: Any = ExportMetricsServiceResponse.FromString(answer)
+    except Exception as error:
+        raise ValueError("the collector's answer isn't an ExportMetricsServiceResponse") from error
+    return int(response.partial_success.rejected_data_points)
+
+
+def retry_delay_s(error: grpc.aio.AioRpcError) -> float | None:
+    """The RetryInfo delay of a failed call, at most five minutes; None when it carries none."""
+    from google.rpc import error_details_pb2, status_pb2
+
+    for key, value in error.trailing_metadata() or ():
+        if key == "grpc-status-details-bin":
+            details = status_pb2.Status.FromString(value)
+            for detail in details.details:
+                info = error_details_pb2.RetryInfo()
+                if detail.Unpack(info):
+                    return min(300.0, max(0.0, info.retry_delay.seconds + info.retry_delay.nanos / 1e9))
+    return None
