@@ -125,7 +125,11 @@ def _error_of(response: httpx.Response) -> PgherdError:
     if isinstance(document, dict) and document.get("code") in REGISTRY:
         return from_dict({**document, "message": document.get("message") or document.get("detail", "")})
     if isinstance(document, dict) and document.get("status") == "error":  # Prometheus API
-        return ConfigError("usage.invalid", str(document.get("error", "the query failed")), error_type=str(document.get("errorType")))
+        return ConfigError(
+            "usage.invalid", str(document.get("error", "the query failed")), error_type=str(document.get("errorType"))
+        )
     if response.status_code in (401, 403):
-        return DeniedError("auth.required", "the collector wants a token", hint="use --token-file, or the socket on its own host")
+        return DeniedError(
+            "auth.required", "the collector wants a token", hint="use --token-file, or the socket on its own host"
+        )
     return PeerError("peer.protocol", f"the collector answered {response.status_code}", status=response.status_code)

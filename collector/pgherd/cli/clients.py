@@ -1,0 +1,57 @@
+"""`pgherd clients`: certificates for foreign OTLP clients. The private key is made here and stays here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pgherd.cli.main import CliContext
+from pgherd.cli.verb import moment, verb
+from pgherd.proto.errors import ConfigError
+from pgherd.runtime.config import parse_duration_s
+from pgherd.runtime.durable import publish
+from pgherd.runtime.render import emit_json
+
+
+@click.group()
+def clients() -> None:
+    """Certificates for foreign OTLP clients."""
+
+
+@clients.command()
+@click.argument("name")
+@click.option(
+    "--directory", type=click.Path(path_type=Path), default=Path(), help="Where client.key, client.crt and ca.crt go."
+)
+@click.option("--lifetime", default="30d", show_default=True)
+@verb
+def issue(context: CliContext, name: str, directory: Path, lifetime: str) -> None:
+    """Make a key and have the herd's CA sign a certificate for the OTLP client NAME."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+    try:
+        lifetime_s = parse_duration_s(lifetime)
+    except ValueError as error:
+        raise ConfigError("usage.invalid", f"--lifetime: {error}") from error
+    files = {kind: directory / kind for kind in ("client.key", "client.crt", "ca.crt")}
+    taken = next((path for path in files.values() if path.exists()), None)
+    if taken:
+        raise ConfigError("usage.invalid", f"{taken} exists", hint="choose another --directory")
+    key = ec.generate_private_key(ec.SECP256R1())
+    request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
+    body = {"name": name, "csr": request.public_bytes(Encoding.PEM).decode("ascii"), "lifetime_s": lifetime_s}
+    answer = context.client.post("/api/v1/clients", body)
+    directory.mkdir(parents=True, exist_ok=True)
+    publish(files["client.key"], key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    publish(files["client.crt"], answer["certificate"].encode("ascii"), mode=0o644)
+    publish(files["ca.crt"], answer["ca"].encode("ascii"), mode=0o644)
+    if context.json:
+        emit_json({key: answer[key] for key in ("client_id", "serial", "not_after_unix_ns")} | {"directory": str(directory)})
+    else:
+        click.echo(
+            f"client.key, client.crt and ca.crt are in {directory.absolute()}; valid until {moment(answer['not_after_unix_ns'])}"
+        )
