@@ -193,6 +193,8 @@ _code("backup.content_differs", Kind.INTEGRITY, "The restored content isn't equa
 _code(
     "backup.repository_foreign", Kind.INTEGRITY, "The repository holds backups of another cluster (system identifier differs)."
 )
+_code("object.exists", Kind.PRECONDITION, "The repository holds an object of that name; objects are never overwritten.")
+_code("object.not_found", Kind.PRECONDITION, "The repository holds no object of that name.", http=404)
 _code("restore.target_exists", Kind.PRECONDITION, "The restore target exists and isn't empty.")
 _code("restore.outside_roots", Kind.DENIED, "The restore target isn't under one of the agent's restore_roots.")
 
@@ -235,7 +237,14 @@ _code(
 _code("promql.execution", Kind.PRECONDITION, "The PromQL expression can't be evaluated on this data.", http=422)
 _code("promql.limit", Kind.PRECONDITION, "The query exceeds a limit on points, series or time.", http=422)
 _code("query.timeout", Kind.TRANSIENT, "The query didn't finish within its timeout.", http=503)
+_code("query.overloaded", Kind.TRANSIENT, "Too many queries are running and waiting; retry later.", http=503)
 _code("rules.invalid", Kind.CONFIG, "A rule file isn't valid; file and line are in the message.", http=400)
+_code(
+    "alerts.duplicate",
+    Kind.PRECONDITION,
+    "Two elements of a rule's result have equal labels once the rule's labels are applied; the rule isn't evaluated.",
+)
+_code("alerts.limit", Kind.PRECONDITION, "A rule yields more alerts than its group's limit; the rule isn't evaluated.")
 _code(
     "notify.failed",
     Kind.TRANSIENT,

@@ -1,0 +1,227 @@
+"""Rule files in Prometheus' format → groups. Every complaint names file and line, and is made while loading.
+
+Accepted: `groups` of `name`, `interval`, `limit`, `labels`, `rules`; a rule of `alert`, `expr`, `for`,
+`keep_firing_for`, `labels`, `annotations`. Recording rules and `query_offset` are refused by name: this
+version doesn't evaluate them, and leaving a rule out in silence would be a page that never comes.
+Source: https://prometheus.io/docs/prometheus/latest/configuration/alerting_rules/
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+
+import yaml
+
+from pgherd.alerts.model import ALERT_NAME_LABEL, Group, Rule
+from pgherd.alerts.template import Template, compile_template
+from pgherd.proto.errors import ConfigError, PgherdError
+from pgherd.proto.selectors import NAME_LABEL
+
+# Parses an expression or raises a PgherdError: the evaluator's own parser, so that what loads also runs.
+CheckExpression = Callable[[str], None]
+
+_FILE_BYTES_MAX = 4 * 1024 * 1024
+_GROUP_KEYS = ("name", "interval", "limit", "labels", "rules")
+_RULE_KEYS = ("alert", "expr", "for", "keep_firing_for", "labels", "annotations")
+_UNSUPPORTED = {
+    "record": "recording rules: not evaluated by this version",
+    "query_offset": "query_offset: not evaluated by this version",
+}
+_LABEL_NAME_RE = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
+_DURATION_RE = re.compile(r"(?:(\d+)y)?(?:(\d+)w)?(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?(?:(\d+)ms)?")
+_DURATION_UNITS_MS = (365 * 86_400_000, 7 * 86_400_000, 86_400_000, 3_600_000, 60_000, 1_000, 1)
+
+
+def parse_duration_ns(text: str) -> int:
+    """Nanoseconds of Prometheus' "1h30m", "15s", "250ms", "0". Raises ValueError."""
+    match = _DURATION_RE.fullmatch(text)
+    if match is None or (not any(match.groups()) and text != "0"):
+        raise ValueError(f"not a duration: {text!r}; write it like 30s, 5m or 1h30m")
+    return sum(int(count or 0) * unit for count, unit in zip(match.groups(), _DURATION_UNITS_MS, strict=True)) * 1_000_000
+
+
+def load_rules(
+    files: Sequence[Path], *, builtin: bool, interval_s: float, check_expression: CheckExpression
+) -> tuple[Group, ...]:
+    """The built-in pack, if wanted, and the groups of `files`, in this order.
+
+    `interval_s` is for groups that state none. Raises ConfigError rules.invalid | config.unreadable.
+    """
+    interval_ns = int(interval_s * 1e9)
+    groups: list[Group] = []
+    if builtin:
+        groups += parse_rules(builtin_text(), "builtin.yaml", interval_ns=interval_ns, check_expression=check_expression)
+    for file in files:
+        groups += parse_rules(_read(file), str(file), interval_ns=interval_ns, check_expression=check_expression)
+    _refuse_repeated(groups)
+    return tuple(groups)
+
+
+def builtin_text() -> str:
+    """The shipped rule pack, as it can also be given to Prometheus."""
+    return (resources.files("pgherd.alerts") / "rules" / "builtin.yaml").read_text(encoding="utf-8")
+
+
+def parse_rules(text: str, file: str, *, interval_ns: int, check_expression: CheckExpression) -> tuple[Group, ...]:
+    """The groups of one rule file; `file` is the name that errors show. Raises ConfigError rules.invalid."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark is not None else 1
+        raise _invalid(f"{file}:{line}", f"not YAML: {getattr(error, 'problem', None) or error}") from error
+    if root is None:
+        return ()
+    top = _File(file, check_expression, interval_ns)
+    members = top.mapping(root, ("groups",), "the file")
+    groups = tuple(top.group(node) for node in top.sequence(members["groups"], "groups")) if "groups" in members else ()
+    names: dict[str, Group] = {}
+    for group in groups:
+        if group.name in names:
+            raise _invalid(file, f"group {group.name!r} appears twice in this file")
+        names[group.name] = group
+    _refuse_repeated(groups)
+    return groups
+
+
+def _read(file: Path) -> str:
+    try:
+        content = file.read_bytes()
+        if len(content) > _FILE_BYTES_MAX:
+            raise _invalid(str(file), f"larger than {_FILE_BYTES_MAX >> 20} MiB")
+        return content.decode("utf-8")
+    except OSError as error:
+        raise ConfigError(
+            "config.unreadable",
+            f"can't read the rule file {file}: {error.strerror}",
+            hint="check alerts.rule_files and the file's owner",
+            path=str(file),
+        ) from error
+    except UnicodeDecodeError as error:
+        raise _invalid(str(file), "not UTF-8") from error
+
+
+def _refuse_repeated(groups: Iterable[Group]) -> None:
+    """Two rules with one id would share, and overwrite, each other's state."""
+    seen: dict[str, Rule] = {}
+    for rule in (rule for group in groups for rule in group.rules):
+        first = seen.setdefault(rule.id, rule)
+        if first is not rule:
+            raise _invalid(
+                rule.origin,
+                f"alert {rule.alert!r} of group {rule.group!r} with these labels is already defined at {first.origin}",
+                hint="give one of them another name or another label, such as severity",
+            )
+
+
+def _invalid(
+    where: str, problem: str, *, hint: str = "mend that line; `pgherd collector config check` tries again"
+) -> ConfigError:
+    return ConfigError("rules.invalid", f"{where}: {problem}", hint=hint, where=where)
+
+
+class _File:
+    """Reads the nodes of one file; knows what to call a line."""
+
+    def __init__(self, name: str, check_expression: CheckExpression, interval_ns: int) -> None:
+        self._name = name
+        self._check_expression = check_expression
+        self._interval_ns = interval_ns
+
+    def where(self, node: yaml.Node) -> str:
+        return f"{self._name}:{node.start_mark.line + 1}"
+
+    def mapping(self, node: yaml.Node, keys: Sequence[str] | None, what: str) -> dict[str, yaml.Node]:
+        if not isinstance(node, yaml.MappingNode):
+            raise _invalid(self.where(node), f"{what} must be a mapping")
+        members: dict[str, yaml.Node] = {}
+        for key_node, value in node.value:
+            key = self.text(key_node, "a key")
+            if key in members:
+                raise _invalid(self.where(key_node), f"{key!r} appears twice")
+            if keys is not None and key not in keys:
+                if key in _UNSUPPORTED:
+                    raise _invalid(self.where(key_node), _UNSUPPORTED[key], hint="leave it to Prometheus, or take it out")
+                close = difflib.get_close_matches(key, keys, n=1)
+                hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(keys)}"
+                raise _invalid(self.where(key_node), f"unknown key {key!r} in {what}", hint=hint)
+            members[key] = value
+        return members
+
+    def sequence(self, node: yaml.Node, what: str) -> list[yaml.Node]:
+        if not isinstance(node, yaml.SequenceNode):
+            raise _invalid(self.where(node), f"{what} must be a list")
+        return list(node.value)
+
+    def text(self, node: yaml.Node, what: str) -> str:
+        if not isinstance(node, yaml.ScalarNode) or node.tag == "tag:yaml.org,2002:null":
+            raise _invalid(self.where(node), f"{what} must be text")
+        return str(node.value)
+
+    def required(self, members: dict[str, yaml.Node], key: str, node: yaml.Node, what: str) -> str:
+        if key not in members or not (text := self.text(members[key], key)).strip():
+            raise _invalid(self.where(node), f"{what} has no {key}")
+        return text
+
+    def duration_ns(self, members: dict[str, yaml.Node], key: str, default_ns: int) -> int:
+        if key not in members:
+            return default_ns
+        try:
+            return parse_duration_ns(self.text(members[key], key))
+        except ValueError as error:
+            raise _invalid(self.where(members[key]), f"{key}: {error}") from error
+
+    def group(self, node: yaml.Node) -> Group:
+        members = self.mapping(node, _GROUP_KEYS, "a group")
+        name = self.required(members, "name", node, "a group")
+        interval_ns = self.duration_ns(members, "interval", self._interval_ns)
+        if interval_ns <= 0:
+            raise _invalid(self.where(members.get("interval", node)), "interval must be above 0")
+        limit_text = self.text(members["limit"], "limit") if "limit" in members else "0"
+        if not limit_text.isdecimal():
+            raise _invalid(self.where(members["limit"]), f"limit must be a whole number, not {limit_text!r}")
+        labels = self.templates(members.get("labels"), "labels")
+        rules = self.sequence(members["rules"], "rules") if "rules" in members else []
+        return Group(
+            name=name,
+            interval_ns=interval_ns,
+            limit=int(limit_text),
+            source=self._name,
+            rules=tuple(self.rule(rule, name, labels) for rule in rules),
+        )
+
+    def rule(self, node: yaml.Node, group: str, group_labels: dict[str, Template]) -> Rule:
+        members = self.mapping(node, _RULE_KEYS, "a rule")
+        alert = self.required(members, "alert", node, "a rule")
+        expr = self.required(members, "expr", node, f"alert {alert}").strip()
+        try:
+            self._check_expression(expr)
+        except PgherdError as error:
+            raise _invalid(self.where(members["expr"]), f"alert {alert}: {error.message}", hint=error.hint) from error
+        return Rule(
+            group=group,
+            alert=alert,
+            expr=expr,
+            for_ns=self.duration_ns(members, "for", 0),
+            keep_firing_for_ns=self.duration_ns(members, "keep_firing_for", 0),
+            labels={**group_labels, **self.templates(members.get("labels"), "labels")},
+            annotations=self.templates(members.get("annotations"), "annotations"),
+            origin=self.where(node),
+        )
+
+    def templates(self, node: yaml.Node | None, what: str) -> dict[str, Template]:
+        if node is None:
+            return {}
+        compiled: dict[str, Template] = {}
+        for name, value in self.mapping(node, None, what).items():
+            if _LABEL_NAME_RE.fullmatch(name) is None or name in (
+                NAME_LABEL,
+                *((ALERT_NAME_LABEL,) if what == "labels" else ()),
+            ):
+                raise _invalid(self.where(value), f"{name!r} can't be a name in {what}")
+            compiled[name] = compile_template(self.text(value, name), where=self.where(value))
+        return compiled

@@ -1,0 +1,1 @@
+"""From series to notifications: rule evaluation, its durable state, the outbox, and what is heard of the herd."""

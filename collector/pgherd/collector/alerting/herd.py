@@ -1,0 +1,173 @@
+"""What is heard of the herd, for the alerts: facts for `known`, and heartbeats as series.
+
+The collector writes two gauges for each active agent, so that silence can be alerted on, graphed and queried
+like anything else, and so that a rule over them exists exactly when an agent doesn't speak:
+
+    pgherd_agent_heartbeat_age_seconds{job="pgherd", agent, agent_id}    since the last heartbeat, or since joining
+    pgherd_agent_up{job="pgherd", agent, agent_id}                       1 heard within three heartbeats, else 0
+
+An agent that is revoked or forgotten gets a staleness marker: its AgentSilent ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from sqlalchemy import Connection, select
+
+from pgherd.alerts.knowledge import Knowledge, Watched, knowledge
+from pgherd.collector.alerting.evaluation import Facts, Query
+from pgherd.proto.clock import Clock
+from pgherd.proto.errors import PgherdError
+from pgherd.proto.samples import STALE_NAN, Metric, MetricKind
+from pgherd.proto.selectors import NAME_LABEL
+from pgherd.runtime.logging import get_logger
+from pgherd.storage.control.schema import agents, nodes
+from pgherd.storage.control.store import ControlStore
+from pgherd.storage.series.batch import Batch, layout_of
+
+_log = get_logger(__name__)
+
+HEARTBEAT_AGE = Metric(
+    "pgherd_agent_heartbeat_age_seconds", MetricKind.GAUGE, "Time since the collector last heard this agent", "s"
+)
+AGENT_UP = Metric("pgherd_agent_up", MetricKind.GAUGE, "Whether the agent was heard within three heartbeats")
+
+_APPEND_TIMEOUT_S = 30.0
+
+
+class Heard(Protocol):
+    """An agent that was heard lately (pgherd.collector.control.herd.LiveAgent)."""
+
+    @property
+    def heard_unix_ns(self) -> int: ...
+
+
+class Herd(Protocol):
+    """Who is heard (pgherd.collector.control.herd.Herd)."""
+
+    def heard(self, agent_id: str, /) -> Heard | None:
+        """None when the agent is silent."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class AgentAge:
+    """An active agent and how long ago it was last heard."""
+
+    id: str
+    name: str
+    age_s: float
+    alive: bool
+
+
+def herd_facts(store: ControlStore, herd: Herd, query: Query, *, fresh_s: float = 60.0) -> Facts:
+    """Facts from the control store, the live sessions, and `pg_up` samples no older than `fresh_s`.
+
+    "Up" needs a sample that says so: a link that delivers nothing leaves its last value behind, and that isn't news.
+    """
+    up_expr = f"last_over_time(pg_up[{max(1, round(fresh_s))}s]) == 1"
+
+    def facts(at_ms: int) -> Knowledge:
+        with store.read() as connection:
+            watched = watched_nodes(connection)
+        alive = {one.agent_id for one in watched if herd.heard(one.agent_id) is not None}
+        up = {labels.get("instance", "") for labels, _value in query(up_expr, at_ms)}
+        return knowledge(watched, alive, up)
+
+    return facts
+
+
+def watched_nodes(connection: Connection) -> list[Watched]:
+    """Every node of an agent that may still speak; a revoked agent's nodes are nobody's, so their alerts may end."""
+    rows = connection.execute(
+        select(nodes.c.instance, nodes.c.alias, nodes.c.cluster, agents.c.name, agents.c.id)
+        .join(agents, agents.c.id == nodes.c.agent_id)
+        .where(agents.c.status != "revoked")
+    )
+    return [Watched(row.instance or "", row.alias, row.cluster, row.name, row.id) for row in rows]
+
+
+def agent_ages(connection: Connection, herd: Herd, now_unix_ns: int) -> list[AgentAge]:
+    """Every agent that isn't revoked; one that never spoke counts from its joining.
+
+    A stamp in the future (the collector's clock was set back) is as suspicious as an old one.
+    """
+    rows = connection.execute(
+        select(agents.c.id, agents.c.name, agents.c.joined_unix_ns, agents.c.last_heartbeat_unix_ns)
+        .where(agents.c.kind == "agent", agents.c.status != "revoked")
+        .order_by(agents.c.id)
+    )
+    ages = []
+    for row in rows:
+        live = herd.heard(row.id)
+        heard_unix_ns = live.heard_unix_ns if live is not None else (row.last_heartbeat_unix_ns or row.joined_unix_ns)
+        ages.append(AgentAge(row.id, row.name, abs(now_unix_ns - heard_unix_ns) / 1e9, live is not None))
+    return ages
+
+
+def heartbeat_batch(ages: Sequence[AgentAge], vanished: Sequence[AgentAge], now_unix_ns: int) -> Batch:
+    """Both gauges of every agent at one time, and staleness markers for agents that are no longer."""
+    series: list[Mapping[str, str]] = []
+    values: list[float] = []
+    for agent, stale in [(agent, False) for agent in ages] + [(agent, True) for agent in vanished]:
+        for metric, value in ((HEARTBEAT_AGE, agent.age_s), (AGENT_UP, float(agent.alive))):
+            series.append({NAME_LABEL: metric.name, "job": "pgherd", "agent": agent.name, "agent_id": agent.id})
+            values.append(STALE_NAN if stale else value)
+    return Batch(
+        layout=layout_of(series, (HEARTBEAT_AGE, AGENT_UP)),
+        series=np.arange(len(series), dtype=np.int32),
+        times_ms=np.full(len(series), now_unix_ns // 1_000_000, dtype=np.int64),
+        values=np.array(values, dtype=np.float64),
+    )
+
+
+class HeartbeatSeries:
+    """Writes the gauges every `interval_s`."""
+
+    def __init__(
+        self,
+        store: ControlStore,
+        herd: Herd,
+        append: Callable[[Batch], Future[Any]],
+        clock: Clock,
+        *,
+        interval_s: float = 10.0,
+    ) -> None:
+        """`append` is SeriesStore.append."""
+        self._store = store
+        self._herd = herd
+        self._append = append
+        self._clock = clock
+        self._interval_s = interval_s
+        self._written: dict[str, AgentAge] = {}
+
+    async def run(self) -> None:
+        """Write until cancelled. A turn that fails is a gap, and the next is tried."""
+        while True:
+            try:
+                await self.write()
+            except (PgherdError, TimeoutError) as error:
+                _log.warning("alert.heartbeats_not_written", error=str(error))
+            await asyncio.sleep(self._interval_s)
+
+    async def write(self) -> int:
+        """Write one turn and wait until it is durable; returns the number of agents. Raises PgherdError, TimeoutError."""
+        now_unix_ns = self._clock.wall_unix_ns()
+        ages = await asyncio.to_thread(self._ages, now_unix_ns)
+        current = {age.id: age for age in ages}
+        vanished = [age for agent_id, age in self._written.items() if agent_id not in current]
+        if current or vanished:
+            batch = heartbeat_batch(ages, vanished, now_unix_ns)
+            await asyncio.wait_for(asyncio.wrap_future(self._append(batch)), _APPEND_TIMEOUT_S)
+        self._written = current
+        return len(current)
+
+    def _ages(self, now_unix_ns: int) -> list[AgentAge]:
+        with self._store.read() as connection:
+            return agent_ages(connection, self._herd, now_unix_ns)
