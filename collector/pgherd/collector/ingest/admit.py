@@ -1,0 +1,115 @@
+"""What may enter the store, and from whom. Pure.
+
+Never broken:
+- a sample of a node is admitted only from the agent that owns the node, under that agent's certificate;
+- job="pgherd", cluster and node can't be claimed by a foreign client;
+- accepted + rejected points = points sent, and every rejected point has a reason.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pgherd.proto.errors import DeniedError
+
+AGENT_KIND = "agent"
+PGHERD_JOB = "pgherd"
+
+Owns = Callable[[str, str], bool]
+
+
+class Peer(Protocol):
+    """Who sent the request, by its certificate (pgherd.collector.identity.peer.Peer satisfies this)."""
+
+    @property
+    def kind(self) -> str:
+        """`agent` or `client`."""
+        ...
+
+    @property
+    def id(self) -> str:
+        """The UUID in its certificate."""
+        ...
+
+
+class Reason(StrEnum):
+    """Why a point was rejected; the label of the counter and part of the answer."""
+
+    FUTURE = "timestamp too far in the future"
+    PAST = "timestamp too old"
+    KIND = "histograms and summaries aren't taken yet"
+    DELTA = "delta temporality isn't taken; export cumulative"
+    NO_VALUE = "data point without a value"
+    NAME = "metric name is empty or invalid"
+    LABELS = "label invalid, too long, or too many labels"
+    SERIES_MAX = "the store's limit of series is reached"
+
+
+@dataclass(frozen=True, slots=True)
+class AdmitLimits:
+    """Bounds of one request and of its points."""
+
+    request_bytes_max: int = 4 * 1024 * 1024
+    points_max: int = 200_000
+    labels_max: int = 64
+    name_chars_max: int = 256
+    label_value_chars_max: int = 4096
+    future_max_s: float = 600.0
+    past_max_s: float = 7 * 86400.0
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a resource says it is; empty when it doesn't say."""
+
+    agent_id: str
+    node_id: str
+    job: str
+
+
+def check_claims(peer: Peer, claims: Iterable[Claim], owns: Owns) -> None:
+    """Refuse a request of which any resource isn't the peer's to speak for.
+
+    Raises DeniedError identity.mismatch.
+    """
+    for claim in claims:
+        if peer.kind == AGENT_KIND:
+            if claim.agent_id != peer.id:
+                raise _mismatch(f"a resource names agent {claim.agent_id or '(none)'}", peer)
+            if claim.node_id and not owns(peer.id, claim.node_id):
+                raise _mismatch(f"a resource names node {claim.node_id}, which isn't this agent's", peer)
+        elif claim.agent_id or claim.node_id or claim.job == PGHERD_JOB:
+            raise _mismatch("a client's resource claims to be a pgherd agent or node", peer)
+
+
+def _mismatch(what: str, peer: Peer) -> DeniedError:
+    return DeniedError(
+        "identity.mismatch", f"{what}; the certificate is of {peer.kind} {peer.id}",
+        hint="check pgherd.agent.id and pgherd.node.id of the sender, or join it again", peer_id=peer.id,
+    )  # fmt: skip
+
+
+def admit_times(
+    times_ns: NDArray[np.uint64], now_unix_ns: int, limits: AdmitLimits
+) -> tuple[NDArray[np.bool_] | None, Counter[Reason]]:
+    """Which points lie within the stated bounds of the collector's clock; None means all of them."""
+    newest = np.uint64(max(0, now_unix_ns + int(limits.future_max_s * 1e9)))
+    oldest = np.uint64(max(0, now_unix_ns - int(limits.past_max_s * 1e9)))
+    future, past = times_ns > newest, times_ns < oldest
+    rejected: Counter[Reason] = Counter()
+    if not (future.any() or past.any()):
+        return None, rejected
+    rejected[Reason.FUTURE], rejected[Reason.PAST] = int(future.sum()), int(past.sum())
+    return ~(future | past), +rejected
+
+
+def describe(rejected: Mapping[Reason, int]) -> str:
+    """One line for partial_success.error_message."""
+    return "; ".join(f"{count} × {reason}" for reason, count in sorted(rejected.items()))
