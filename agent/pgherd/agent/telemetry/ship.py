@@ -136,7 +136,7 @@ class Shipper:
 
     def _backoff_s(self) -> float:
         doublings = min(self._failures_in_row - 1, 16)
-        full = min(self._settings.backoff_max_s, self._settings.backoff_min_s * 2**doublings)
+        full = min(self._settings.backoff_max_s, self._settings.backoff_min_s * float(2**doublings))
         return full * (0.5 + 0.5 * self._jitter())
 
     async def _send(self, batch: Batch) -> tuple[Verdict, float | None, str]:
@@ -194,11 +194,13 @@ def retry_delay_s(error: grpc.aio.AioRpcError) -> float | None:
     """The RetryInfo delay of a failed call, at most five minutes; None when it carries none."""
     from google.rpc import error_details_pb2, status_pb2
 
-    for key, value in error.trailing_metadata() or ():
+    trailing: Any = error.trailing_metadata()
+    for key, value in trailing or ():
         if key == "grpc-status-details-bin":
             details = status_pb2.Status.FromString(value)
             for detail in details.details:
                 info = error_details_pb2.RetryInfo()
                 if detail.Unpack(info):
-                    return min(300.0, max(0.0, info.retry_delay.seconds + info.retry_delay.nanos / 1e9))
+                    delay_s = float(info.retry_delay.seconds) + float(info.retry_delay.nanos) / 1e9
+                    return min(300.0, max(0.0, delay_s))
     return None
