@@ -25,7 +25,7 @@ def full_matches(pattern: str, values: Sequence[str]) -> NDArray[np.bool_]:
         raise ConfigError("promql.parse", f"regular expression longer than {PATTERN_CHARS_MAX} characters", chars=len(pattern))
     try:
         # Alone first: "a)|(b" must not become valid by our parentheses.
-        pc.match_substring_regex(pa.array([], pa.string()), pattern)
+        pc.match_substring_regex(pa.array([""], pa.string()), pattern)
         matched = pc.match_substring_regex(pa.array(values, pa.string()), f"^(?s:{pattern})$")
     except pa.ArrowInvalid as error:
         raise ConfigError("promql.parse", f"{error}", hint="PromQL takes RE2 syntax", pattern=pattern) from error

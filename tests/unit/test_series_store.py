@@ -1,0 +1,251 @@
+"""The series store: what goes in comes out, once, in order, bit for bit."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pytest
+
+from pgherd.proto.errors import ConfigError, IntegrityError, PreconditionError, TransientError
+from pgherd.proto.samples import STALE_NAN_BITS, Metric, MetricKind
+from pgherd.proto.selectors import Matcher, MatchOp
+from pgherd.storage.series.batch import Batch, Shipment, layout_of
+from pgherd.storage.series.database import FORMAT_VERSION
+from pgherd.storage.series.queue import CommitQueue
+from pgherd.storage.series.store import SeriesSettings
+from support.series import BASE_MS, HandClock, batch, layout, name_is, open_store, quiet, read_all
+from support.waiting import wait_until
+
+NAN_BITS = [STALE_NAN_BITS, 0x7FF8000000000001, 0x7FF8000000000000, 0xFFF8000000000123, 0x8000000000000000, 0x7FF0000000000000]
+
+
+def test_samples_come_back_sorted_and_once(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    made = layout(2)
+    for sequence, time_ms in enumerate([BASE_MS + 30, BASE_MS + 10, BASE_MS + 20], 1):
+        assert store.append(batch(made, time_ms, [1.0 * sequence, 2.0 * sequence], sequence)).result(10).stored_points == 2
+    again = store.append(batch(made, BASE_MS + 99, [9.0, 9.0], 2)).result(10)
+    assert again.repeated
+    assert again.stored_points == 0
+    found = read_all(store)
+    assert found[("__name__", "m"), ("i", "0")] == [(BASE_MS + 10, 2.0), (BASE_MS + 20, 3.0), (BASE_MS + 30, 1.0)]
+    assert [w.times_ms.tolist() for w in store.select([name_is("m")], BASE_MS + 10, BASE_MS + 20)] == [
+        [BASE_MS + 10, BASE_MS + 20]
+    ] * 2
+    assert store.select([name_is("m")], BASE_MS + 11, BASE_MS + 19) == []
+    store.close()
+
+
+def test_of_equal_times_the_last_committed_is_read(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    made = layout(1)
+    for value in (1.0, 2.0, 3.0):
+        store.append(batch(made, BASE_MS, [value])).result(10)
+    columns = np.array([4.0, 5.0])
+    store.append(Batch(made, np.zeros(2, np.int32), np.full(2, BASE_MS + 1, np.int64), columns)).result(10)
+    assert read_all(store) == {(("__name__", "m"), ("i", "0")): [(BASE_MS, 3.0), (BASE_MS + 1, 5.0)]}
+    store.close()
+
+
+def test_nan_payloads_survive_arrow_duckdb_checkpoint_and_restart(tmp_path: Path) -> None:
+    values = np.array(NAN_BITS * 400, np.uint64).view(np.float64)  # more than one of DuckDB's vectors
+    ids = np.zeros(len(values), np.int32)
+    times = BASE_MS + np.arange(len(values), dtype=np.int64)
+    store = open_store(tmp_path)
+    store.append(Batch(layout(1), ids, times, values, Shipment("a", "i", 1))).result(10)
+    before = store.select([name_is("m")], 0, 1 << 60)[0].values.view(np.uint64).tolist()
+    store.close()  # checkpoints: the column is compressed now
+    store = open_store(tmp_path)
+    after = store.select([name_is("m")], 0, 1 << 60)[0].values.view(np.uint64).tolist()
+    store.close()
+    assert before == after == NAN_BITS * 400
+
+
+def test_high_water_gaps_and_counts_survive_a_restart(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    made = layout(3)
+    store.append(batch(made, BASE_MS, [1, 2, 3], 1)).result(10)
+    assert store.append(batch(made, BASE_MS + 1, [1, 2, 3], 5)).result(10).gap == 3
+    empty = Batch(made, np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0), Shipment("agent-a", "one", 6))
+    assert store.append(empty).result(10).stored_points == 0
+    store.append(batch(made, BASE_MS + 1, [1, 2, 3], 1, incarnation="two")).result(10)
+    store.close()
+    store = open_store(tmp_path)
+    states = {state.incarnation: state for state in store.shipments()}
+    assert (states["one"].last_sequence, states["one"].gaps, states["one"].stored_points) == (6, 3, 6)
+    assert (states["two"].last_sequence, states["two"].gaps, states["two"].stored_points) == (1, 0, 3)
+    assert store.append(batch(made, BASE_MS, [7, 7, 7], 6)).result(10).repeated
+    store.close()
+
+
+def test_labels_values_series_metadata(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    up = Metric("pg_up", MetricKind.GAUGE, "up or not", "1")
+    made = layout_of(
+        [{"__name__": "pg_up", "node": "a", "odd": "line\nbreak \x00 é"}, {"__name__": "pg_up", "node": "b", "empty": ""}], [up]
+    )
+    store.append(batch(made, BASE_MS, [1.0, 0.0], 1)).result(10)
+    store.append(batch(layout(1, "other"), BASE_MS + 60_000, [1.0], 2)).result(10)
+    store.close()
+    store = open_store(tmp_path)
+    assert store.label_names([]) == ["__name__", "i", "node", "odd"]
+    assert store.label_names([name_is("pg_up")], BASE_MS, BASE_MS) == ["__name__", "node", "odd"]
+    assert store.label_values("node", []) == ["a", "b"]
+    assert store.label_values("__name__", [], BASE_MS + 1, BASE_MS + 100_000) == ["other"]
+    assert store.series([Matcher("node", MatchOp.REGEX, "a|z")]) == [
+        {"__name__": "pg_up", "node": "a", "odd": "line\nbreak \x00 é"}
+    ]
+    assert store.series([Matcher("node", MatchOp.EQUAL, "")]) == [{"__name__": "other", "i": "0"}]
+    assert store.metadata() == {"pg_up": up}
+    store.close()
+
+
+def test_hostile_regular_expressions_end_quickly_or_are_refused(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.append(batch(layout(1, x="a" * 4000 + "!"), BASE_MS, [1.0])).result(10)
+    assert store.series([Matcher("x", MatchOp.REGEX, "(a+)+$")]) == []  # minutes with a backtracking engine
+    for pattern in ("(?=a)", "a)|(b", "x{1001}", "(", "a" * 20_000):
+        with pytest.raises(ConfigError) as caught:
+            store.series([Matcher("x", MatchOp.REGEX, pattern)])
+        assert caught.value.code == "promql.parse"
+    store.close()
+
+
+def test_series_limit_refuses_new_series_only(tmp_path: Path) -> None:
+    store = open_store(tmp_path, quiet(series_max=2))
+    assert store.append(batch(layout(2), BASE_MS, [1, 2], 1)).result(10).points_refused == 0
+    receipt = store.append(batch(layout(4), BASE_MS + 1, [1, 2, 3, 4], 2)).result(10)
+    assert (receipt.stored_points, receipt.points_refused, receipt.series_refused) == (2, 2, 2)
+    assert store.gauges().series == 2
+    store.close()
+
+
+def test_selecting_too_much_is_refused(tmp_path: Path) -> None:
+    store = open_store(tmp_path, replace(quiet(), select_samples_max=5))
+    store.append(batch(layout(6), BASE_MS, [1.0] * 6)).result(10)
+    assert len(store.select([name_is("m"), Matcher("i", MatchOp.NOT_EQUAL, "0")], 0, 1 << 60)) == 5
+    with pytest.raises(PreconditionError) as caught:
+        store.select([name_is("m")], 0, 1 << 60)
+    assert caught.value.code == "promql.limit"
+    store.close()
+
+
+def test_full_queue_refuses_and_keeps_what_it_has() -> None:
+    queue = CommitQueue(points_max=5, bytes_max=1 << 30)
+    first = queue.put(batch(layout(9), BASE_MS, [1.0] * 9))  # alone it may be larger than the bound
+    with pytest.raises(TransientError) as caught:
+        queue.put(batch(layout(1), BASE_MS, [1.0]))
+    assert caught.value.code == "ingest.overloaded"
+    assert [future for _, future in queue.take(points_max=1, timeout_s=0)] == [first]
+    queue.put(batch(layout(1), BASE_MS, [1.0]))
+    assert (queue.points, queue.size_bytes > 0) == (1, True)
+    assert len(queue.take(points_max=100, timeout_s=0)) == 1
+    assert (queue.points, queue.size_bytes) == (0, 0)
+    narrow = CommitQueue(points_max=1 << 30, bytes_max=1)
+    narrow.put(batch(layout(1), BASE_MS, [1.0]))
+    with pytest.raises(TransientError):
+        narrow.put(batch(layout(1), BASE_MS, [1.0]))
+
+
+def test_waiting_batches_share_a_commit(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    made = layout(5)
+    barrier = threading.Barrier(8)
+    futures: list[Future[object]] = []
+
+    def send(agent: int) -> None:
+        barrier.wait(10)
+        futures.extend(store.append(batch(made, BASE_MS + n, [1.0] * 5, n, agent=str(agent))) for n in range(1, 26))  # type: ignore[misc]
+
+    threads = [threading.Thread(target=send, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    for future in futures:
+        future.result(10)
+    assert store.counters.points_stored == 8 * 25 * 5
+    assert store.counters.commits < 8 * 25 / 2
+    assert {(s.last_sequence, s.stored_points) for s in store.shipments()} == {(25, 125)}
+    store.close()
+
+
+def test_expiry_removes_old_samples_series_and_incarnations(tmp_path: Path) -> None:
+    clock = HandClock()
+    settings = quiet(retention_s=100.0, expiry_interval_s=0.05, expiry_chunk_rows=10)
+    store = open_store(tmp_path, settings, clock)
+    store.append(batch(layout(35, "old"), BASE_MS, [1.0] * 35, 1, incarnation="first")).result(10)
+    clock.unix_ms += 99_000
+    store.append(batch(layout(2, "new"), clock.unix_ms, [1.0] * 2, 1, incarnation="second")).result(10)
+    assert len(store.series([])) == 37
+    clock.unix_ms += 2_000
+    wait_until(lambda: store.counters.series_expired == 35, 10, "the old series to expire")
+    assert store.counters.points_expired == 35
+    assert read_all(store, "old") == {}
+    assert len(read_all(store, "new")) == 2
+    assert store.label_values("__name__", []) == ["new"]
+    assert [state.incarnation for state in store.shipments()] == ["second"]
+    store.append(batch(layout(1, "old"), clock.unix_ms, [5.0], 2, incarnation="second")).result(10)
+    store.close()
+    store = open_store(tmp_path, clock=clock)
+    assert read_all(store, "old") == {(("__name__", "old"), ("i", "0")): [(clock.unix_ms, 5.0)]}
+    assert len(store.series([])) == 3
+    store.close()
+
+
+def test_newer_format_is_refused_by_name_and_left_alone(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.append(batch(layout(1), BASE_MS, [1.0], 1)).result(10)
+    store.close()
+    path = tmp_path / "series.duckdb"
+    with duckdb.connect(str(path)) as connection:
+        connection.execute("UPDATE meta SET value = ? WHERE key = 'version'", [str(FORMAT_VERSION + 1)])
+    before = path.read_bytes()
+    with pytest.raises(IntegrityError) as caught:
+        open_store(tmp_path)
+    assert caught.value.code == "format.newer"
+    assert str(path) in caught.value.message
+    assert path.read_bytes() == before
+
+
+def test_foreign_database_is_refused(tmp_path: Path) -> None:
+    with duckdb.connect(str(tmp_path / "series.duckdb")) as connection:
+        connection.execute("CREATE TABLE somebody_elses (x INTEGER)")
+    with pytest.raises(IntegrityError) as caught:
+        open_store(tmp_path)
+    assert caught.value.code == "format.corrupt"
+
+
+def test_second_opener_is_refused(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    with pytest.raises(PreconditionError) as caught:
+        open_store(tmp_path)
+    assert caught.value.code == "state.locked"
+    store.close()
+    open_store(tmp_path).close()
+
+
+def test_closed_store_refuses_appends_and_reads(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.append(batch(layout(1), BASE_MS, [1.0], 1)).result(10)
+    store.close()
+    with pytest.raises(TransientError) as caught:
+        store.append(batch(layout(1), BASE_MS, [1.0], 2))
+    assert caught.value.code == "store.unavailable"
+
+
+def test_hot_database_has_no_index_and_its_storage_version_is_pinned(tmp_path: Path) -> None:
+    open_store(tmp_path, SeriesSettings()).close()
+    with duckdb.connect(str(tmp_path / "series.duckdb"), read_only=True) as connection:
+        assert connection.execute("SELECT count(*) FROM duckdb_indexes()").fetchone() == (0,)
+        assert connection.execute(
+            "SELECT count(*) FROM duckdb_constraints() WHERE constraint_type <> 'NOT NULL'"
+        ).fetchone() == (0,)
+        tags = connection.execute("SELECT tags FROM duckdb_databases() WHERE database_name = 'series'").fetchone()
+        assert tags is not None
+        assert tags[0]["storage_version"].startswith("v1.5.0")
