@@ -51,7 +51,7 @@ ATTEMPTS: Final = Metric("pgherd_connection_attempts_total", _COUNTER, "Connecti
 _IDENTITY_SQL: Final = """
 SELECT pg_is_in_recovery() AS standby, current_setting('server_version_num')::int AS version,
        (SELECT system_identifier::text FROM pg_control_system()) AS system_identifier,
-       current_setting('data_directory', true) AS data_directory
+       (SELECT setting FROM pg_settings WHERE name = 'data_directory') AS data_directory
 """
 
 _CONDITION_OF_CODE: Final[dict[str, Condition]] = {

@@ -1,0 +1,247 @@
+"""Every metric family on every tested major, on a primary and its standby, by a role that has only pg_monitor."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from pgherd.agent.probes.catalog import load_catalog
+from support.postgres import Pair, Server
+from support.sampling import Decoded, sampling
+
+pytestmark = pytest.mark.pg
+
+MAJORS = [15, 17, 18]
+
+# What Grafana 9628 and 14114 read of the families that this version samples.
+DASHBOARD_NAMES = {
+    "pg_up", "pg_static", "pg_postmaster_start_time_seconds", "pg_exporter_last_scrape_duration_seconds",
+    "pg_exporter_last_scrape_error", "pg_settings_max_connections", "pg_settings_shared_buffers_bytes",
+    "pg_settings_effective_cache_size_bytes", "pg_settings_maintenance_work_mem_bytes", "pg_settings_work_mem_bytes",
+    "pg_settings_max_wal_size_bytes", "pg_settings_random_page_cost", "pg_settings_seq_page_cost",
+    "pg_settings_max_worker_processes", "pg_settings_max_parallel_workers", "pg_settings_superuser_reserved_connections",
+    "pg_settings_max_locks_per_transaction", "pg_stat_activity_count", "pg_stat_activity_max_tx_duration",
+    "pg_stat_database_numbackends", "pg_stat_database_xact_commit", "pg_stat_database_xact_rollback",
+    "pg_stat_database_tup_fetched", "pg_stat_database_tup_inserted", "pg_stat_database_tup_updated",
+    "pg_stat_database_tup_deleted", "pg_stat_database_tup_returned", "pg_stat_database_blks_hit",
+    "pg_stat_database_blks_read", "pg_stat_database_conflicts", "pg_stat_database_deadlocks",
+    "pg_stat_database_temp_bytes", "pg_stat_database_checksum_failures", "pg_stat_database_session_time",
+    "pg_stat_database_active_time_seconds_total", "pg_replication_lag_seconds", "pg_replication_is_replica",
+    "pg_stat_archiver_archived_count", "pg_stat_archiver_failed_count", "pg_wal_segments", "pg_wal_size_bytes",
+    "pg_wal_lsn_location_bytes", "process_cpu_seconds_total", "process_open_fds", "process_resident_memory_bytes",
+    "process_virtual_memory_bytes", "pgherd_disk_total_bytes", "pgherd_disk_used_bytes", "pgherd_disk_avail_bytes",
+    "pgherd_connections_used", "pgherd_connections_usable",
+}  # fmt: skip
+
+
+def sample_once(directory: Path, server: Server, body: Callable[[Decoded], None]) -> None:
+    async def work() -> None:
+        async with sampling(directory, server.conninfo("monitor")) as bench:
+            body(await bench.cycle())
+
+    asyncio.run(work())
+
+
+async def until(cycle: Callable[[], Awaitable[Decoded]], condition: Callable[[Decoded], bool], what: str) -> Decoded:
+    """Cycles until one satisfies the condition."""
+    async with asyncio.timeout(20):
+        while True:
+            decoded = await cycle()
+            if condition(decoded):
+                return decoded
+            await asyncio.sleep(0.05)
+    raise AssertionError(what)
+
+
+@pytest.fixture
+def monitored_pair(postgres_pair: Pair) -> Pair:
+    if not postgres_pair.primary.execute("SELECT 1 FROM pg_roles WHERE rolname = 'monitor'"):
+        postgres_pair.primary.create_role("monitor", member_of=["pg_monitor"])
+    postgres_pair.wait_caught_up()
+    return postgres_pair
+
+
+@pytest.mark.parametrize("postgres_pair", MAJORS, indirect=True)
+def test_primary(monitored_pair: Pair, tmp_path: Path) -> None:
+    primary = monitored_pair.primary
+    slot = "a_slot"
+    primary.execute("SELECT pg_create_physical_replication_slot('a_slot', true)")
+    try:
+        sample_once(tmp_path / "spool", primary, lambda decoded: judge_primary(primary, decoded, slot))
+    finally:
+        primary.execute("SELECT pg_drop_replication_slot('a_slot')")
+
+
+def judge_primary(primary: Server, seen: Decoded, slot: str) -> None:
+    assert seen.unknown() == {}
+    assert DASHBOARD_NAMES - seen.names() == set()
+    assert seen.value("pg_up") == 1
+    assert seen.value("pg_replication_is_replica") == 0
+    assert seen.value("pg_replication_lag_seconds") == 0
+    assert seen.value("pg_settings_max_connections") == 60
+    assert seen.value("pg_settings_shared_buffers_bytes") == 16 * 1024 * 1024
+    assert seen.value("pg_settings_checkpoint_timeout_seconds") == 300
+    assert seen.value("pg_settings_wal_segment_size_bytes") == 16 * 1024 * 1024
+    assert seen.value("pgherd_connections_usable") == 57
+    assert 1 <= seen.value("pgherd_connections_used") < 20
+    short = seen.find("pg_static")[0].labels["short_version"]
+    assert short.split(".")[0] == str(primary.major)
+    assert seen.value("pg_wal_size_bytes") == seen.value("pg_wal_segments") * 16 * 1024 * 1024 > 0
+    data = seen.value("pgherd_disk_total_bytes", path_kind="data_directory")
+    avail = seen.value("pgherd_disk_avail_bytes", path_kind="data_directory")
+    used = seen.value("pgherd_disk_used_bytes", path_kind="data_directory")
+    assert 0 < avail < data
+    assert used + avail <= data
+    (standby,) = seen.find("pg_stat_replication_pg_wal_lsn_diff")
+    assert standby.labels["application_name"] == "standby"
+    assert standby.labels["state"] == "streaming"
+    assert standby.value >= 0
+    assert seen.value("pg_replication_slots_active", slot_name=slot) == 0
+    assert seen.value("pg_replication_slot_slot_is_active", slot_name=slot, slot_type="physical") == 0
+    assert seen.value("pg_replication_slots_pg_wal_lsn_diff", slot_name=slot) >= 0
+    assert seen.find("pg_replication_slots_wal_status", slot_name=slot)[0].labels["wal_status"] == "reserved"
+    assert seen.find("pg_replication_slot_wal_status", slot_name=slot)
+    counters = seen.find("pg_stat_database_xact_commit", datname="postgres")
+    assert counters[0].counter
+    assert counters[0].value > 0
+    assert seen.resource["service.name"] == "pgherd"
+    assert seen.resource["pgherd.node"] == "n1"
+    assert seen.resource["service.instance.id"].endswith(f":{primary.port}")
+    assert len({point.unix_ns for point in seen.points}) == 1
+    keys = [(point.name, tuple(sorted(point.labels.items()))) for point in seen.points]
+    assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize("postgres_pair", MAJORS, indirect=True)
+def test_standby_catches_up_to_lag_zero(monitored_pair: Pair, tmp_path: Path) -> None:
+    async def work() -> None:
+        async with sampling(tmp_path / "spool", monitored_pair.standby.conninfo("monitor")) as bench:
+            first = await bench.cycle()
+            assert first.unknown() == {}
+            assert DASHBOARD_NAMES - {"pg_replication_lag_seconds"} - first.names() == set()
+            assert bench.sampler.status.role == "standby"
+            caught_up = lambda seen: [p.value for p in seen.find("pg_replication_lag_seconds")] == [0.0]  # noqa: E731
+            seen = await until(bench.cycle, caught_up, "the standby's lag to be 0 on an idle primary")
+            assert seen.value("pg_replication_is_replica") == 1
+            (status,) = seen.find("pg_stat_wal_receiver_status")
+            assert status.value == 2
+            assert seen.value("pgherd_replication_receive_lsn_bytes") <= seen.value("pgherd_replication_replay_lsn_bytes")
+            assert not seen.find("pgherd_wal_insert_bytes_total")
+
+    asyncio.run(work())
+
+
+def test_a_cut_stream_is_unknown_never_zero(private_pair: Pair, tmp_path: Path) -> None:
+    private_pair.primary.create_role("monitor", member_of=["pg_monitor"])
+    private_pair.wait_caught_up()
+
+    async def work() -> None:
+        async with sampling(tmp_path / "spool", private_pair.standby.conninfo("monitor")) as bench:
+            await until(bench.cycle, lambda seen: bool(seen.find("pg_replication_lag_seconds")), "a lag while streaming")
+            private_pair.primary.stop()
+            cut = await until(bench.cycle, lambda seen: "replication" in seen.unknown(), "the cut to be noticed")
+            assert not cut.find("pg_replication_lag_seconds")
+            assert cut.unknown()["replication"] == "no_wal_receiver"
+            assert cut.value("pg_up") == 1
+
+    asyncio.run(work())
+
+
+def test_promotion_restart_and_reset_are_followed(private_pair: Pair, tmp_path: Path) -> None:
+    private_pair.primary.create_role("monitor", member_of=["pg_monitor"])
+    private_pair.wait_caught_up()
+    standby = private_pair.standby
+
+    async def work() -> None:
+        async with sampling(tmp_path / "spool", standby.conninfo("monitor")) as bench:
+            await bench.cycle()
+            assert bench.sampler.status.role == "standby"
+            identifier = bench.sampler.status.system_identifier
+            standby.promote()
+            promoted = await bench.cycle()
+            assert bench.sampler.status.role == "primary"
+            assert promoted.value("pg_replication_is_replica") == 0
+            assert promoted.find("pgherd_wal_insert_bytes_total")
+            assert promoted.find("pg_settings_max_connections"), "the slow tier is asked again after a role change"
+            standby.restart()
+            again = await bench.cycle()  # the first statement on the dead connection fails; the cycle doesn't
+            assert again.value("pg_up") == 1
+            assert again.value("pg_exporter_last_scrape_error") == 0
+            assert bench.sampler.status.system_identifier == identifier
+            standby.execute("SELECT pg_stat_reset()")
+            reset = (await bench.cycle()).find("pg_stat_database_xact_commit", datname="postgres")[0]
+            (expected,) = standby.execute(
+                "SELECT extract(epoch FROM stats_reset) FROM pg_stat_database WHERE datname = 'postgres'"
+            )[0]
+            assert abs(reset.start_unix_ns / 1e9 - float(expected)) < 0.01
+
+    asyncio.run(work())
+
+
+def test_pg_wal_on_another_volume_is_asked_where_it_is(postgres: Server, tmp_path: Path) -> None:
+    from pgherd.agent.probes.disk import DiskProbe
+
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "pg_wal").symlink_to("/dev/shm")
+    samples, unknown = asyncio.run(DiskProbe(5.0).sample(data))
+    total = {sample.labels["path_kind"]: sample.value for sample in samples if sample.metric.name == "pgherd_disk_total_bytes"}
+    assert unknown == {}
+    if data.stat().st_dev != Path("/dev/shm").stat().st_dev:
+        assert total["data_directory"] != total["pg_wal"]
+
+
+def test_names_in_a_foreign_encoding_are_shown_not_fatal(postgres: Server, tmp_path: Path) -> None:
+    if not postgres.execute("SELECT 1 FROM pg_roles WHERE rolname = 'monitor'"):
+        postgres.create_role("monitor", member_of=["pg_monitor"])
+    name = b"caf\xe9"  # Latin-1 in a shared catalog, as a SQL_ASCII database lets it in
+    with psycopg.connect(postgres.conninfo(), autocommit=True) as connection:
+        connection.execute("CREATE DATABASE ascii ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0")
+    try:
+        with psycopg.connect(postgres.conninfo(dbname="ascii"), autocommit=True) as connection:
+            connection.execute("SET client_encoding TO 'SQL_ASCII'")
+            connection.pgconn.exec_(b"CREATE DATABASE \"" + name + b"\" ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0")
+
+        def judge(seen: Decoded) -> None:
+            assert seen.unknown() == {}
+            assert seen.find("pg_stat_database_xact_commit", datname="caf\N{REPLACEMENT CHARACTER}")
+
+        sample_once(tmp_path / "spool", postgres, judge)
+    finally:
+        with psycopg.connect(postgres.conninfo(dbname="ascii"), autocommit=True) as connection:
+            connection.execute("SET client_encoding TO 'SQL_ASCII'")
+            connection.pgconn.exec_(b'DROP DATABASE IF EXISTS "' + name + b'"')
+        postgres.drop_database("ascii")
+
+
+def test_unprivileged_role_gets_unknown_not_zero(postgres: Server, tmp_path: Path) -> None:
+    if not postgres.execute("SELECT 1 FROM pg_roles WHERE rolname = 'nobody_special'"):
+        postgres.create_role("nobody_special")
+
+    async def work() -> None:
+        async with sampling(tmp_path / "spool", postgres.conninfo("nobody_special")) as bench:
+            seen = await bench.cycle()
+            assert seen.value("pg_up") == 1
+            assert seen.unknown()["wal_directory"] == "postgres.privilege"
+            assert not seen.find("pg_wal_size_bytes")
+            assert seen.unknown()["disk"] == "data_directory_hidden"
+            assert not seen.find("pgherd_disk_avail_bytes")
+            assert seen.unknown()["connections"] == "sessions_hidden"
+            assert not seen.find("pgherd_connections_used")
+            assert not seen.find("pg_stat_activity_count")
+            assert seen.value("pg_exporter_last_scrape_error") == 1
+
+    asyncio.run(work())
+
+
+def test_the_catalogue_covers_every_major_and_newer_ones() -> None:
+    catalog = load_catalog()
+    names = {probe.name for probe in catalog.for_major(18)}
+    for major in (13, 14, 15, 16, 17, 18, 25):
+        chosen = [probe.name for probe in catalog.for_major(major)]
+        assert set(chosen) == names
+        assert len(chosen) == len(set(chosen)), "a major must have one spelling of each probe"
