@@ -270,7 +270,8 @@ async def _first_ends(*jobs: Awaitable[None]) -> None:
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
-            task.result()
+            if not task.cancelled():
+                task.result()
     finally:
         for task in tasks:
             task.cancel()
