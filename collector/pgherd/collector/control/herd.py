@@ -178,6 +178,17 @@ class Herd:
             return None
         return live
 
+    def owns(self, agent_id: str, node_id: str) -> bool:
+        """Whether a node is this agent's, as its hello claimed it now or ever. Thread-safe.
+
+        Raises TransientError store.unavailable.
+        """
+        live = self._live.get(agent_id)
+        if live is not None and any(node.id == node_id for node in live.nodes):
+            return True
+        with self._store.read() as connection:
+            return connection.execute(select(nodes.c.agent_id).where(nodes.c.id == node_id)).scalar() == agent_id
+
     @property
     def connected(self) -> int:
         """How many agents were heard lately (for the collector's own metrics)."""

@@ -1,0 +1,355 @@
+"""The collector's composition root: builds every part, connects them, runs them, ends them in order.
+
+Part of one herd = one state directory, held by a lock. A part that fails takes the process down: a collector that
+half works is worse than one that its supervisor restarts, and nothing acknowledged is lost by that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import uvicorn
+from fastapi import APIRouter, Depends
+
+from pgherd.alerts.load import load_rules
+from pgherd.alerts.model import Group
+from pgherd.alerts.notify import LogReceiver, Receiver, WebhookReceiver
+from pgherd.collector.alerting.evaluation import Evaluator
+from pgherd.collector.alerting.herd import HeartbeatSeries, herd_facts
+from pgherd.collector.alerting.outbox import OutboxWorker
+from pgherd.collector.alerting.query import promql_query
+from pgherd.collector.api.alerts import alerts_router, prometheus_alerts_router
+from pgherd.collector.api.app import http_app
+from pgherd.collector.api.auth import Authenticator, require
+from pgherd.collector.api.control import control_router
+from pgherd.collector.api.identity import identity_router
+from pgherd.collector.api.prometheus import prometheus_router
+from pgherd.collector.api.query_pool import QueryPool
+from pgherd.collector.api.serving import OwnedServer, strangers_server
+from pgherd.collector.api.socketpeer import PeerCredentialProtocol
+from pgherd.collector.config import CollectorConfig, ReceiverConfig
+from pgherd.collector.control.dispatch import Dispatcher
+from pgherd.collector.control.herd import Herd
+from pgherd.collector.control.ledger import Ledger
+from pgherd.collector.control.session import ControlService, SessionSettings
+from pgherd.collector.control.views import Views
+from pgherd.collector.exposition import collector_families
+from pgherd.collector.identity.ca import CertificateAuthority
+from pgherd.collector.identity.enrol import enrolment_app
+from pgherd.collector.identity.enrolment import Enrolment
+from pgherd.collector.identity.gate import PeerGate, PeerInterceptor
+from pgherd.collector.identity.peer import current_peer
+from pgherd.collector.identity.registry import StoredStandings
+from pgherd.collector.identity.server import ServerCertificate
+from pgherd.collector.ingest.admit import AdmitLimits
+from pgherd.collector.ingest.service import MetricsService, ServiceSettings
+from pgherd.collector.setup import Layout
+from pgherd.promql.engine import Limits
+from pgherd.promql.parse import parse
+from pgherd.proto.clock import Clock
+from pgherd.proto.control.v1 import control_pb2_grpc
+from pgherd.proto.enrolment import join_address, split_address
+from pgherd.proto.errors import ConfigError, PreconditionError
+from pgherd.runtime.clock import SystemClock
+from pgherd.runtime.durable import exclusive_lock, read_secret
+from pgherd.runtime.logging import get_logger
+from pgherd.storage.control.store import ControlStore
+from pgherd.storage.series.database import DatabaseSettings
+from pgherd.storage.series.store import SeriesSettings, SeriesStore
+from pgherd.storage.series.writer import WriterSettings
+
+_log = get_logger(__name__)
+
+# Hygiene: a connection is renewed now and then, so that nothing depends on one that lives for ever.
+_CONNECTION_AGE_MAX_S = 1800
+_STOP_GRACE_S = 3.0
+
+
+def load_groups(config: CollectorConfig) -> tuple[Group, ...]:
+    """All alert rules, checked. Raises ConfigError rules.invalid | config.unreadable."""
+
+    def check(expression: str) -> None:
+        parse(expression)
+
+    alerts = config.alerts
+    return load_rules(alerts.rule_files, builtin=alerts.builtin_rules, interval_s=alerts.interval, check_expression=check)
+
+
+def _receiver(config: ReceiverConfig) -> Receiver:
+    if config.kind == "log":
+        return LogReceiver(config.name)
+    url = read_secret(config.url_file) if config.url_file else config.url
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(
+            "config.invalid", f"receiver {config.name} needs url or url_file with an http address", key="alerts.receivers"
+        )
+    return WebhookReceiver(config.name, url, timeout_s=config.timeout)
+
+
+def _listener(address: str, what: str, *, loopback_only: bool = False) -> socket.socket:
+    """A bound TCP socket. Raises ConfigError config.invalid, PreconditionError state.locked when the port is taken."""
+    host, port = split_address(address)
+    if loopback_only and not _is_loopback(host):
+        raise ConfigError(
+            "config.invalid",
+            f"{what}: {address} can be reached from outside, and this port speaks plain HTTP",
+            hint="keep it on loopback and put a TLS proxy in front",
+            key=what,
+        )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise PreconditionError(
+            "state.locked", f"{what}: can't listen on {address}: {error.strerror}", hint="see who listens there (ss -ltnp)"
+        ) from error
+    return listener
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+@contextlib.contextmanager
+def _unix_listener(path: Path) -> Iterator[socket.socket]:
+    """The local CLI's socket: everybody may connect, the kernel says who it is, auth.py decides."""
+    path.unlink(missing_ok=True)  # ours: the state directory's lock is held
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(str(path))
+        path.chmod(0o666)
+        yield listener
+    finally:
+        listener.close()
+        path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Stores:
+    control: ControlStore
+    series: SeriesStore
+
+
+@contextlib.contextmanager
+def _stores(config: CollectorConfig, clock: Clock) -> Iterator[_Stores]:
+    """Both stores, open, under the state directory's lock."""
+    layout = Layout(config.state_directory)
+    with exclusive_lock(layout.lock, f"the collector's state directory {layout.root}"), contextlib.ExitStack() as stack:
+        control = ControlStore.open(layout.control)
+        stack.callback(control.close)
+        settings = SeriesSettings(
+            database=DatabaseSettings(memory_limit_bytes=config.series.memory_limit, threads=config.series.threads),
+            writer=WriterSettings(series_max=config.series.series_max, retention_s=config.series.retention),
+            select_samples_max=config.query.samples_max,
+        )
+        series = SeriesStore.open(layout.series, settings, clock)
+        stack.callback(series.close)
+        yield _Stores(control, series)
+
+
+class Collector:
+    """Everything that runs, built from a configuration. `serve` runs it until `stop` is set."""
+
+    def __init__(
+        self, config: CollectorConfig, ca: CertificateAuthority, stores: _Stores, groups: tuple[Group, ...], clock: Clock
+    ) -> None:
+        self._config = config
+        self._ca = ca
+        self._clock = clock
+        self.stores = stores
+        control, series = stores.control, stores.series
+        self.herd = Herd(control, clock, heartbeat_interval_s=config.grpc.heartbeat_interval)
+        self.dispatcher = Dispatcher(Ledger(control, clock), self.herd)
+        self.gate = PeerGate(ca.certificate_pem, ca.trust_domain, StoredStandings(control), clock)
+        self.control_service = ControlService(
+            self.dispatcher,
+            SessionSettings(collector_version=version("pgherd"), heartbeat_interval_s=config.grpc.heartbeat_interval),
+            clock,
+            current_peer,
+        )
+        limits = AdmitLimits(
+            request_bytes_max=config.grpc.request_bytes_max,
+            future_max_s=config.series.future_max,
+            past_max_s=config.series.past_max,
+        )
+        self.ingest = MetricsService(
+            series, current_peer=current_peer, owns=self._owns, clock=clock, settings=ServiceSettings(limits=limits)
+        )
+        self.enrolment = Enrolment(control, ca, clock, config.enrol.certificate_lifetime, config.enrol.renewal_grace)
+        self.certificate = ServerCertificate(ca, Layout(config.state_directory).tls, config.enrol.names, clock)
+        self.queries = QueryPool(clock, config.query.concurrency)
+        receivers = [_receiver(receiver) for receiver in config.alerts.receivers]
+        self.outbox = OutboxWorker(control, receivers, clock)
+        query = promql_query(
+            series,
+            clock,
+            timeout_s=config.query.timeout,
+            limits=Limits(lookback_ms=int(config.query.lookback * 1000), samples_max=config.query.samples_max),
+        )
+        self.evaluator = Evaluator(
+            groups=groups,
+            store=control,
+            query=query,
+            facts=herd_facts(control, self.herd, query),
+            clock=clock,
+            receivers=[receiver.name for receiver in receivers],
+            committed=self.outbox.wake,
+        )
+        self.heartbeats = HeartbeatSeries(
+            control, self.herd, series.append, clock, interval_s=min(10.0, config.alerts.interval)
+        )
+
+    def _owns(self, agent_id: str, node_id: str) -> bool:
+        """Whether a node is this agent's: what hello claimed, live or as stored."""
+        return self.herd.owns(agent_id, node_id)
+
+    def _routers(self) -> list[APIRouter]:
+        config = self._config
+        _, enrol_port = split_address(config.enrol.listen)
+        prometheus = APIRouter(prefix="/prometheus", dependencies=[Depends(require("viewer"))], tags=["prometheus"])
+        prometheus.include_router(
+            prometheus_router(self.stores.series, self.queries, config.query, self._clock, version("pgherd"))
+        )
+        return [
+            control_router(self.dispatcher, Views(self.stores.control, self.herd), require),
+            identity_router(
+                self.enrolment,
+                self.gate,
+                enrol_host=config.enrol.names[0],
+                enrol_port=enrol_port,
+                token_lifetime_s=config.enrol.token_lifetime,
+            ),
+            alerts_router(self.evaluator, require),
+            prometheus_alerts_router(self.evaluator, require),
+            prometheus,
+        ]
+
+    def _ready(self) -> dict[str, bool]:
+        return {"series store": self.stores.series.gauges().is_writable}
+
+    def _http_server(self) -> OwnedServer:
+        config = self._config.http
+        authenticator = Authenticator(self.stores.control, self._clock, frozenset(config.socket_uids), config.anonymous_read)
+        families = collector_families(self.stores.series, self.ingest, self.herd, self.gate, self.evaluator, self.outbox)
+        app = http_app(
+            authenticator, self._routers(), ready=self._ready, families=families, shipments=self.stores.series.shipments
+        )
+        return OwnedServer(
+            uvicorn.Config(
+                app,
+                http=PeerCredentialProtocol,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_graceful_shutdown=int(_STOP_GRACE_S),
+            )
+        )
+
+    @contextlib.asynccontextmanager
+    async def _grpc_server(self) -> AsyncIterator[None]:
+        server = grpc.aio.server(
+            interceptors=[PeerInterceptor(self.gate)],
+            options=[
+                ("grpc.so_reuseport", 0),  # a second collector on the port must fail, not share it
+                ("grpc.max_receive_message_length", self._config.grpc.request_bytes_max + 1024),
+                ("grpc.max_connection_age_ms", _CONNECTION_AGE_MAX_S * 1000),
+                ("grpc.max_connection_age_grace_ms", 30_000),
+                ("grpc.keepalive_time_ms", 20_000),
+                ("grpc.keepalive_timeout_ms", 10_000),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            ],
+        )
+        control_pb2_grpc.add_ControlServicer_to_server(self.control_service, server)  # type: ignore[no-untyped-call]
+        server.add_generic_rpc_handlers((self.ingest.handler(),))
+        try:
+            server.add_secure_port(self._config.grpc.listen, self.certificate.grpc_credentials())
+        except RuntimeError as error:
+            raise PreconditionError(
+                "state.locked",
+                f"grpc.listen: can't listen on {self._config.grpc.listen}",
+                hint="see who listens there (ss -ltnp)",
+            ) from error
+        await server.start()
+        try:
+            yield
+        finally:
+            await server.stop(_STOP_GRACE_S)
+            self.ingest.close()
+
+    async def serve(self, stop: asyncio.Event, started: Callable[[], None] = lambda: None) -> None:
+        """Run until `stop` is set, then end: no new work, the running finished, the stores closed by the caller."""
+        config = self._config
+        _, grpc_port = split_address(config.grpc.listen)
+        http = self._http_server()
+        app = enrolment_app(self.enrolment, grpc_address=join_address(config.enrol.names[0], grpc_port), clock=self._clock)
+        enrol = strangers_server(app, self.certificate.ssl_context())
+        await asyncio.to_thread(self.evaluator.restore)
+        with contextlib.ExitStack() as sockets:
+            tcp = sockets.enter_context(contextlib.closing(_listener(config.http.listen, "http.listen", loopback_only=True)))
+            local = sockets.enter_context(_unix_listener(config.socket))
+            public = sockets.enter_context(contextlib.closing(_listener(config.enrol.listen, "enrol.listen")))
+            async with self._grpc_server(), asyncio.TaskGroup() as tasks:
+                loops = [
+                    tasks.create_task(coroutine, name=name)
+                    for name, coroutine in (
+                        ("dispatcher", self.dispatcher.run()),
+                        ("evaluator", self.evaluator.run()),
+                        ("outbox", self.outbox.run()),
+                        ("heartbeats", self.heartbeats.run()),
+                        ("certificate", self.certificate.keep_fresh()),
+                    )
+                ]
+                servers = [
+                    tasks.create_task(http.serve(sockets=[tcp, local])),
+                    tasks.create_task(enrol.serve(sockets=[public])),
+                ]
+                started()
+                await stop.wait()
+                _log.info("collector.stopping")
+                http.should_exit = enrol.should_exit = True
+                await asyncio.wait(servers, timeout=2 * _STOP_GRACE_S)
+                for loop in loops:
+                    loop.cancel()
+        self.queries.close()
+
+
+def run(config: CollectorConfig) -> int:
+    """Serve a herd until SIGTERM or SIGINT. Raises what opening and binding raise."""
+    clock = SystemClock()
+    ca = CertificateAuthority.load(Layout(config.state_directory).ca)
+    groups = load_groups(config)
+    with _stores(config, clock) as stores:
+        asyncio.run(_serve(Collector(config, ca, stores, groups, clock)))
+    return 0
+
+
+async def _serve(collector: Collector) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+
+    def started() -> None:
+        _log.info("collector.started", pid=os.getpid(), version=version("pgherd"))
+
+    await collector.serve(stop, started)
