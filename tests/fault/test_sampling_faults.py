@@ -1,0 +1,270 @@
+"""The sampler beside a server in trouble: it says what is so, holds at most two connections, and goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import psycopg
+import pytest
+
+from pgherd.agent.probes.connection import APPLICATION_NAME
+from support.postgres import Fleet, Server
+from support.sampling import SAMPLING, Bench, Decoded, sampling
+
+pytestmark = [pytest.mark.pg, pytest.mark.fault]
+
+QUICK = replace(SAMPLING, interval=0.2, statement_timeout=0.5, connect_timeout=0.5, answer_timeout=0.7)
+
+
+@pytest.fixture
+def server(private_postgres: Server) -> Server:
+    private_postgres.create_role("monitor", "right", member_of=["pg_monitor"])
+    return private_postgres
+
+
+async def healthy(bench: Bench) -> Decoded:
+    async with asyncio.timeout(20):
+        while True:
+            seen = await bench.cycle()
+            if bench.sampler.status.condition == "up":
+                return seen
+            await asyncio.sleep(0.05)
+
+
+def stale_names(seen: Decoded) -> set[str]:
+    return {point.name for point in seen.points if point.stale}
+
+
+def our_backends(server: Server) -> list[psutil.Process]:
+    """Server processes that serve the sampler's role, listed without asking the server."""
+    found = []
+    for process in psutil.Process(server.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess, IndexError):
+            if " monitor " in process.cmdline()[0]:
+                found.append(process)
+    return found
+
+
+def test_down_is_told_once_per_series_and_comes_back(server: Server, tmp_path: Path) -> None:
+    async def work() -> None:
+        async with sampling(tmp_path / "spool", server.conninfo("monitor")) as bench:
+            up = await bench.cycle()
+            server.stop()
+            down = await bench.cycle()
+            assert bench.sampler.status.condition == "down"
+            assert bench.sampler.status.role == "unknown"
+            assert down.value("pg_up") == 0
+            assert down.unknown() == {"connection": "postgres.unreachable"}
+            server_names = {name for name in up.names() if name.startswith("pg_stat_") or name.startswith("pg_settings_")}
+            assert server_names <= stale_names(down), "every series of the server ends, none stays frozen"
+            assert not server_names & down.names()
+            still = await bench.cycle()
+            assert not stale_names(still) & server_names, "the end of a series is told once"
+            server.start()
+            back = await bench.cycle()
+            assert back.value("pg_up") == 1
+            assert server_names <= back.names(), "the slow tier is asked again at once"
+
+    asyncio.run(work())
+
+
+def test_hung_server_is_hung_with_one_connection_lost_and_one_attempt_pending(server: Server, tmp_path: Path) -> None:
+    async def work() -> None:
+        async with sampling(tmp_path / "spool", server.conninfo("monitor"), settings=QUICK) as bench:
+            await bench.cycle()
+            assert len(our_backends(server)) == 1
+            server.pause()
+            try:
+                started = time.monotonic()
+                hung = await bench.cycle()
+                assert time.monotonic() - started < 5
+                assert bench.sampler.status.condition == "hung"
+                assert hung.value("pg_up") == 0
+                assert hung.unknown()["connection"] == "postgres.timeout.answer"
+                for _ in range(5):
+                    assert (await bench.cycle()).unknown() == {"connection": "postgres.timeout.connect"}
+                    assert open_sockets(server) <= 1
+            finally:
+                server.resume()
+            seen = await healthy(bench)
+            assert seen.value("pgherd_connection_attempts_total") == 2, "the pending attempt was used, no new one made"
+            async with asyncio.timeout(10):
+                while len(our_backends(server)) > 1:
+                    await asyncio.sleep(0.05)
+
+    asyncio.run(work())
+
+
+def open_sockets(server: Server) -> int:
+    """This process's connected UNIX sockets that lead to the server."""
+    peer = str(server.socket_directory / f".s.PGSQL.{server.port}")
+    mine = {link.fd for link in psutil.Process().net_connections("unix")}
+    count = 0
+    for fd in mine:
+        with contextlib.suppress(OSError):
+            twin = socket.socket(fileno=os.dup(fd))
+            try:
+                count += twin.getpeername() == peer
+            finally:
+                twin.close()
+    return count
+
+
+def test_hung_backend_alone_costs_the_connection_and_the_next_cycle_works(server: Server, tmp_path: Path) -> None:
+    async def work() -> None:
+        async with sampling(tmp_path / "spool", server.conninfo("monitor"), settings=QUICK) as bench:
+            await bench.cycle()
+            (backend,) = our_backends(server)
+            os.kill(backend.pid, signal.SIGSTOP)
+            try:
+                await bench.cycle()
+                assert bench.sampler.status.condition == "hung"
+                await bench.cycle()
+                assert bench.sampler.status.condition == "up"
+                assert len(our_backends(server)) == 2, "the stopped one and the new one"
+            finally:
+                os.kill(backend.pid, signal.SIGCONT)
+
+    asyncio.run(work())
+
+
+def test_wrong_password_is_not_down_and_a_rotated_one_is_read_again(server: Server, tmp_path: Path) -> None:
+    secret = tmp_path / "password"
+    secret.write_text("wrong\n")
+    secret.chmod(0o600)
+
+    async def work() -> None:
+        conninfo = server.conninfo("monitor", tcp=True)
+        async with sampling(tmp_path / "spool", conninfo, settings=QUICK, password_file=secret) as bench:
+            refused = await bench.cycle()
+            assert bench.sampler.status.condition == "auth_failed"
+            assert refused.value("pg_up") == 0
+            assert refused.unknown() == {"connection": "postgres.auth"}
+            again = await bench.cycle()
+            assert again.value("pgherd_connection_attempts_total") == 1, "a refused role isn't tried every cycle"
+            secret.write_text("right\n")
+            seen = await healthy(bench)
+            assert seen.value("pg_up") == 1
+            assert all("right" not in str(point) and "wrong" not in str(point) for point in seen.points)
+
+    asyncio.run(work())
+
+
+def test_saturated_is_up_and_saturated(postgres_fleet: Fleet, tmp_path: Path) -> None:
+    server = postgres_fleet.server(settings={"max_connections": "6", "superuser_reserved_connections": "2", "max_wal_senders": "0"})
+    server.create_role("monitor", member_of=["pg_monitor"])
+    server.create_role("greedy")
+
+    async def work(*, take_reserved: bool) -> None:
+        async with sampling(tmp_path / f"spool-{take_reserved}", server.conninfo("monitor")) as bench:
+            with contextlib.ExitStack() as stack:
+                for _ in range(4):
+                    stack.enter_context(contextlib.closing(server.connect(role="greedy")))
+                if take_reserved:
+                    for _ in range(2):
+                        stack.enter_context(contextlib.closing(server.connect()))
+                full = await bench.cycle()
+                assert bench.sampler.status.condition == "saturated"
+                assert full.value("pg_up") == 1, "saturated isn't down"
+                assert full.value("pgherd_node_saturated") == 1
+                assert full.unknown() == {"connection": "postgres.saturated"}
+                assert not full.find("pgherd_connections_used")
+            seen = await healthy(bench)
+            assert seen.value("pgherd_node_saturated") == 0
+            with contextlib.ExitStack() as stack:  # an established connection sees it through
+                for _ in range(3):
+                    stack.enter_context(contextlib.closing(server.connect(role="greedy")))
+                used = await bench.cycle()
+                assert used.value("pgherd_connections_used") / used.value("pgherd_connections_usable") == 1.0
+
+    for take_reserved in (False, True):
+        asyncio.run(work(take_reserved=take_reserved))
+    server.stop()
+
+
+def test_saturation_is_recognised_in_any_language() -> None:
+    """A server that answers as PostgreSQL does, in German: only the SQLSTATE tells."""
+    fields = b"SFATAL\0VFATAL\0C53300\0Mtut mir leid, schon zu viele Verbindungen\0\0"
+    answer = b"E" + (len(fields) + 4).to_bytes(4, "big") + fields
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1024)
+        writer.write(answer)
+        await writer.drain()
+        writer.close()
+
+    async def work() -> None:
+        from pgherd.agent.config import NodeConfig
+        from pgherd.agent.probes.connection import NodeConnection
+        from pgherd.proto.errors import TransientError
+        from pgherd.runtime.clock import SystemClock
+
+        listener = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port = listener.sockets[0].getsockname()[1]
+        node = NodeConfig("n", "c", f"host=127.0.0.1 port={port} user=x sslmode=disable gssencmode=disable")
+        connection = NodeConnection(node, SAMPLING, SystemClock())
+        with pytest.raises(TransientError, match="schon zu viele") as caught:
+            await connection.open()
+        assert caught.value.code == "postgres.saturated"
+        await connection.close()
+        listener.close()
+        await listener.wait_closed()
+
+    asyncio.run(work())
+
+
+def test_lock_on_a_shared_catalogue_costs_the_probes_that_need_it_only(server: Server, tmp_path: Path) -> None:
+    async def work() -> None:
+        async with sampling(tmp_path / "spool", server.conninfo("monitor")) as bench:
+            await bench.cycle()
+            with psycopg.connect(server.conninfo()) as blocker:
+                blocker.execute("LOCK TABLE pg_database IN ACCESS EXCLUSIVE MODE")
+                started = time.monotonic()
+                seen = await bench.cycle()
+                assert time.monotonic() - started < 2.5, "lock_timeout per probe, not the blocker's patience"
+                assert bench.sampler.status.condition == "up"
+                assert seen.unknown()["stat_database"] == "postgres.timeout.lock"
+                assert not seen.find("pg_stat_database_xact_commit")
+                assert seen.find("pgherd_connections_used"), "running out of connections stays visible"
+                assert seen.find("pg_replication_is_replica")
+                blocker.rollback()
+            after = await bench.cycle()
+            assert after.unknown() == {}
+            assert after.value("pgherd_connection_attempts_total") == 1, "the connection was kept"
+
+    asyncio.run(work())
+
+
+def test_a_slow_server_costs_probes_not_the_rhythm(server: Server, tmp_path: Path) -> None:
+    """Every probe at its lock timeout must not add up beyond the cycle's budget."""
+    slow = replace(SAMPLING, interval=0.3, lock_timeout=0.25, statement_timeout=0.3)
+
+    async def work() -> None:
+        async with sampling(tmp_path / "spool", server.conninfo("monitor"), settings=slow) as bench:
+            with psycopg.connect(server.conninfo()) as blocker:
+                await bench.cycle()
+                blocker.execute("LOCK TABLE pg_database, pg_authid IN ACCESS EXCLUSIVE MODE")
+                seen = await bench.cycle()
+                assert "cycle_budget" in seen.unknown().values()
+
+    asyncio.run(work())
+
+
+def test_read_only_and_invisible_to_statement_logs(server: Server, tmp_path: Path) -> None:
+    async def work() -> None:
+        async with sampling(tmp_path / "spool", server.conninfo("monitor")) as bench:
+            await bench.cycle()
+            row = server.execute(
+                "SELECT application_name, state, xact_start, query FROM pg_stat_activity WHERE usename = 'monitor'"
+            )[0]
+            assert row[:3] == (APPLICATION_NAME, "idle", None), "no transaction stays open between cycles"
+
+    asyncio.run(work())
