@@ -32,14 +32,14 @@ _UNSUPPORTED = {
     "query_offset": "query_offset: not evaluated by this version",
 }
 _LABEL_NAME_RE = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
-_DURATION_RE = re.compile(r"(?:(\d+)y)?(?:(\d+)w)?(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?(?:(\d+)ms)?")
+_DURATION_RE = re.compile("".join(rf"(?:([0-9]+){unit})?" for unit in ("y", "w", "d", "h", "m", "s", "ms")))
 _DURATION_UNITS_MS = (365 * 86_400_000, 7 * 86_400_000, 86_400_000, 3_600_000, 60_000, 1_000, 1)
 
 
 def parse_duration_ns(text: str) -> int:
     """Nanoseconds of Prometheus' "1h30m", "15s", "250ms", "0". Raises ValueError."""
-    match = _DURATION_RE.fullmatch(text)
-    if match is None or (not any(match.groups()) and text != "0"):
+    match = _DURATION_RE.fullmatch(text if text != "0" else "0s")
+    if match is None or not any(match.groups()):
         raise ValueError(f"not a duration: {text!r}; write it like 30s, 5m or 1h30m")
     return sum(int(count or 0) * unit for count, unit in zip(match.groups(), _DURATION_UNITS_MS, strict=True)) * 1_000_000
 

@@ -192,14 +192,16 @@ class GroupEvaluation:
                 after.append(stepped)
                 transitions += announced
             given_up = self._commit(before, after, transitions, unix_ns)
-        except PgherdError as error:
+        # The guard of the evaluation loop: a full disk passes, and a bug must not end alerting for good.
+        except Exception as error:  # noqa: BLE001
             self._in_doubt = True
+            problem = _problem(error)
             self.status = replace(
                 self.status,
-                rules=tuple(replace(status, health=Health.ERR, last_error=error.message) for status in self.status.rules),
+                rules=tuple(replace(status, health=Health.ERR, last_error=problem) for status in self.status.rules),
                 commits_failed=self.status.commits_failed + 1,
             )
-            _log.error("alert.commit_failed", group=self.status.group.name, error=error.message, code=error.code)
+            _log.error("alert.commit_failed", group=self.status.group.name, error=problem)
             return 0
         if given_up:
             _log.error("notify.outbox.overflow", letters_given_up=given_up, pending_max=self._pending_max)
@@ -223,8 +225,9 @@ class GroupEvaluation:
     def _known(self, at_ms: int) -> Known:
         try:
             return self._facts(at_ms).known
-        except PgherdError as error:
-            _log.warning("alert.facts_unavailable", error=error.message, code=error.code)
+        # A guard like the rules' own: firing must not wait for facts.
+        except Exception as error:  # noqa: BLE001
+            _log.warning("alert.facts_unavailable", error=_problem(error))
             return lambda _labels: False  # without facts nobody may say that something is over
 
     def _evaluate_rule(
@@ -244,7 +247,7 @@ class GroupEvaluation:
             outcome = step(rule, status.instances, result, moment, known, limit=group.limit)
         # The guard of the loop over rules: whatever one rule does, the others are evaluated.
         except Exception as error:  # noqa: BLE001
-            problem = error.message if isinstance(error, PgherdError) else f"{type(error).__name__}: {error}"
+            problem = _problem(error)
             _log.error("alert.rule_failed", rule=rule.id, error=problem)
             failed = replace(
                 status,
@@ -271,3 +274,7 @@ class GroupEvaluation:
         # If the commit did happen, the stored stamps are newer than these slots: measure from the stamps.
         self._stepped_mono_s.clear()
         self._in_doubt = False
+
+
+def _problem(error: Exception) -> str:
+    return error.message if isinstance(error, PgherdError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,58 @@
+"""The real evaluator and outbox as a process to be killed: argv = directory, webhook URL.
+
+`truth.json` in the directory lists the instances for which the rule's expression holds; each evaluation adds a
+byte to `evaluations`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+from pgherd.alerts.notify import WebhookReceiver
+from pgherd.collector.alerting.evaluation import Evaluator
+from pgherd.collector.alerting.outbox import OutboxSettings, OutboxWorker
+from pgherd.runtime.clock import SystemClock
+from pgherd.runtime.logging import configure
+from pgherd.storage.control.store import ControlStore
+from support.alerts import group, no_facts, rule
+
+FOR_S = 0.5
+INTERVAL_S = 0.1
+
+
+async def main(directory: Path, url: str) -> None:
+    configure(level="error", json=True)
+    store = ControlStore.open(directory / "control.sqlite")
+    counter = open(directory / "evaluations", "ab", buffering=0)  # noqa: SIM115, ASYNC230 - lives as long as we do
+
+    def query(_expr: str, _at_ms: int) -> list[tuple[dict[str, str], float]]:
+        names = json.loads((directory / "truth.json").read_text())
+        counter.write(b".")
+        return [({"instance": name}, 1.0) for name in names]
+
+    worker = OutboxWorker(
+        store,
+        [WebhookReceiver("hook", url, timeout_s=5)],
+        SystemClock(),
+        OutboxSettings(backoff_min_s=0.05, backoff_max_s=0.2, poll_s=0.1),
+    )
+    evaluator = Evaluator(
+        groups=[group(rule(for_s=FOR_S), interval_s=INTERVAL_S)],
+        store=store,
+        query=query,
+        facts=no_facts,
+        clock=SystemClock(),
+        receivers=("hook",),
+        committed=worker.wake,
+    )
+    evaluator.restore()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(worker.run())
+        tasks.create_task(evaluator.run())
+
+
+if __name__ == "__main__":
+    asyncio.run(main(Path(sys.argv[1]), sys.argv[2]))

@@ -1,0 +1,152 @@
+"""Rule files: what is read, and what is refused with file and line."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from pgherd.alerts.load import builtin_text, load_rules, parse_duration_ns, parse_rules
+from pgherd.alerts.model import Group
+from pgherd.promql.parse import parse
+from pgherd.proto.errors import ConfigError
+
+REPOSITORY = Path(__file__).parent.parent.parent
+
+
+def _parse(text: str) -> tuple[Group, ...]:
+    return parse_rules(textwrap.dedent(text), "r.yaml", interval_ns=15_000_000_000, check_expression=parse)
+
+
+def test_reads_everything_a_group_can_say() -> None:
+    (group,) = _parse(
+        """
+        groups:
+          - name: disk
+            interval: 1m
+            limit: 10
+            labels: {team: dba, severity: info}
+            rules:
+              - alert: Full
+                expr: |
+                  disk_used / disk_size > 0.9
+                for: 1h30m
+                keep_firing_for: 250ms
+                labels: {severity: page}
+                annotations: {summary: "{{ $labels.instance }}"}
+        """
+    )
+    (rule,) = group.rules
+    assert (group.name, group.interval_ns, group.limit, group.source) == ("disk", 60_000_000_000, 10, "r.yaml")
+    assert (rule.alert, rule.expr, rule.origin) == ("Full", "disk_used / disk_size > 0.9", "r.yaml:8")
+    assert (rule.for_ns, rule.keep_firing_for_ns) == (5_400_000_000_000, 250_000_000)
+    assert {name: template.text for name, template in rule.labels.items()} == {"team": "dba", "severity": "page"}
+    assert list(rule.annotations) == ["summary"]
+
+
+def test_an_empty_file_holds_no_groups() -> None:
+    assert _parse("") == _parse("groups: []") == _parse("# nothing yet") == ()
+
+
+_RULE = "groups:\n- name: g\n  rules:\n  - alert: A\n    expr: up == 0\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "problem"),
+    [
+        ("groups: [", 1, "not YAML"),
+        ("- a", 1, "the file must be a mapping"),
+        ("groops: []", 1, "unknown key 'groops'"),
+        ("groups: {}", 1, "groups must be a list"),
+        ("groups:\n- rules: []", 2, "a group has no name"),
+        ("groups:\n- name: g\n  intervall: 1m", 3, "unknown key 'intervall'"),
+        ("groups:\n- name: g\n  interval: 0s", 3, "interval must be above 0"),
+        ("groups:\n- name: g\n  interval: 1.5m", 3, "not a duration"),
+        ("groups:\n- name: g\n  limit: -1", 3, "limit must be a whole number"),
+        ("groups:\n- name: g\n  query_offset: 1m", 3, "query_offset: not evaluated by this version"),
+        ("groups:\n- name: g\n- name: g", None, "group 'g' appears twice"),
+        ("groups:\n- name: g\n  rules:\n  - record: a:b\n    expr: up", 4, "recording rules: not evaluated by this version"),
+        ("groups:\n- name: g\n  rules:\n  - expr: up", 4, "a rule has no alert"),
+        ("groups:\n- name: g\n  rules:\n  - alert: A", 4, "alert A has no expr"),
+        ("groups:\n- name: g\n  rules:\n  - alert: A\n    expr: [up]", 5, "expr must be text"),
+        ("groups:\n- name: g\n  rules:\n  - alert: A\n    expr: up ==", 5, "alert A:"),
+        (_RULE + "    expr: up", 6, "'expr' appears twice"),
+        (_RULE + "    for: 5 minutes", 6, "not a duration"),
+        (_RULE + "    fro: 5m", 6, "unknown key 'fro'"),
+        (_RULE + "    labels: {alertname: B}", 6, "can't be a name in labels"),
+        (_RULE + "    labels: {a-b: B}", 6, "can't be a name in labels"),
+        (_RULE + "    annotations:\n      a: x\n      b: '{{ query \"up\" }}'", 8, "query isn't supported"),
+        (_RULE + "  - alert: A\n    expr: up == 1", 6, "already defined at r.yaml:4"),
+    ],
+)
+def test_refuses_with_file_and_line(text: str, line: int | None, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        _parse(text)
+    assert caught.value.code == "rules.invalid"
+    assert problem in caught.value.message
+    assert caught.value.message.startswith("r.yaml:" if line is None else f"r.yaml:{line}: ")
+
+
+def test_a_typo_gets_a_suggestion() -> None:
+    with pytest.raises(ConfigError) as caught:
+        _parse(_RULE + "    keep_firing: 5m")
+    assert caught.value.hint == "did you mean keep_firing_for?"
+
+
+def test_the_same_alert_at_two_severities_is_two_rules() -> None:
+    (group,) = _parse(_RULE + "    labels: {severity: a}\n  - alert: A\n    expr: up == 0\n    labels: {severity: b}")
+    first, second = group.rules
+    assert first.id != second.id
+
+
+def test_a_rules_state_survives_edits_of_anything_but_its_name_and_labels() -> None:
+    (before,) = _parse(_RULE)
+    (after,) = _parse(_RULE.replace("up == 0", "up < 1") + "    for: 1m\n    annotations: {summary: x}")
+    assert before.rules[0].id == after.rules[0].id
+
+
+def test_one_rule_in_two_files_is_refused(tmp_path: Path) -> None:
+    files = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    for file in files:
+        file.write_text(_RULE)
+    assert load_rules(files[:1], builtin=True, interval_s=15, check_expression=parse)[-1].source == str(files[0])
+    with pytest.raises(ConfigError) as caught:
+        load_rules(files, builtin=False, interval_s=15, check_expression=parse)
+    assert caught.value.message.startswith(f"{files[1]}:4: ")
+
+
+def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_rules([tmp_path / "none.yaml"], builtin=False, interval_s=15, check_expression=parse)
+    assert caught.value.code == "config.unreadable"
+    (tmp_path / "latin.yaml").write_bytes(b"groups: [] # \xe9")
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_rules([tmp_path / "latin.yaml"], builtin=False, interval_s=15, check_expression=parse)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected_s"),
+    [("0", 0), ("0s", 0), ("1ms", 0.001), ("90s", 90), ("1h30m", 5400), ("1d", 86_400), ("1w", 604_800), ("1y", 31_536_000)],
+)
+def test_durations_as_prometheus_writes_them(text: str, expected_s: float) -> None:
+    assert parse_duration_ns(text) == int(expected_s * 1e9)
+
+
+@pytest.mark.parametrize("text", ["", "5", "1.5h", "1m1h", "-1s", "1 h", "1us"])
+def test_what_isnt_a_duration(text: str) -> None:
+    with pytest.raises(ValueError, match="not a duration"):
+        parse_duration_ns(text)
+
+
+def test_the_builtin_pack_loads_and_each_rule_has_its_runbook() -> None:
+    groups = load_rules([], builtin=True, interval_s=15, check_expression=parse)
+    rules = {rule.alert: rule for group in groups for rule in group.rules}
+    assert sorted(rules) == ["AgentSilent", "ConnectionsHigh", "InstanceDown"]
+    for rule in rules.values():
+        assert {"summary", "description", "runbook_url"} <= rule.annotations.keys()
+        assert rule.labels["severity"].text in ("critical", "warning")
+        page = (REPOSITORY / rule.annotations["runbook_url"].text).read_text()
+        assert page.startswith(f"# {rule.alert}\n")
+    assert re.search(r"^groups:$", builtin_text(), re.MULTILINE)
