@@ -159,7 +159,9 @@ def test_wrong_password_is_not_down_and_a_rotated_one_is_read_again(server: Serv
 
 
 def test_saturated_is_up_and_saturated(postgres_fleet: Fleet, tmp_path: Path) -> None:
-    server = postgres_fleet.server(settings={"max_connections": "6", "superuser_reserved_connections": "2", "max_wal_senders": "0"})
+    server = postgres_fleet.server(
+        settings={"max_connections": "6", "superuser_reserved_connections": "2", "max_wal_senders": "0"}
+    )
     server.create_role("monitor", member_of=["pg_monitor"])
     server.create_role("greedy")
 

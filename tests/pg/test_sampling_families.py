@@ -204,7 +204,7 @@ def test_names_in_a_foreign_encoding_are_shown_not_fatal(postgres: Server, tmp_p
     try:
         with psycopg.connect(postgres.conninfo(dbname="ascii"), autocommit=True) as connection:
             connection.execute("SET client_encoding TO 'SQL_ASCII'")
-            connection.pgconn.exec_(b"CREATE DATABASE \"" + name + b"\" ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0")
+            connection.pgconn.exec_(b'CREATE DATABASE "' + name + b"\" ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0")
 
         def judge(seen: Decoded) -> None:
             assert seen.unknown() == {}
