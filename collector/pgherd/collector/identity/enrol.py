@@ -29,7 +29,7 @@ _log = get_logger(__name__)
 
 _BODY_TIMEOUT_S = 10.0
 _ANSWER_TIMEOUT_S = 30.0
-_RATE_PER_ADDRESS_S, _BURST_PER_ADDRESS = 10.0, 100.0  # a rack behind one NAT may renew together
+_RATE_PER_ADDRESS_S, _BURST_PER_ADDRESS = 20.0, 200.0  # a rack behind one NAT may renew together
 _RATE_ALL_S, _BURST_ALL = 100.0, 500.0
 
 Handler = Callable[[Request], Awaitable[Response]]

@@ -113,12 +113,13 @@ def read_peer(certificate_pem: bytes, ca_pem: bytes, trust_domain: str) -> Peer:
     """
     try:
         certificate = x509.load_pem_x509_certificate(certificate_pem)
-        certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(ca_pem))
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (InvalidSignature, TypeError) as error:
-        raise DeniedError("peer.untrusted", "the client certificate isn't signed by this herd's CA") from error
     except (ValueError, x509.ExtensionNotFound) as error:
         raise DeniedError("identity.missing", "the client certificate can't be read or names nobody") from error
+    try:
+        certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(ca_pem))
+    except (InvalidSignature, ValueError, TypeError) as error:
+        raise DeniedError("peer.untrusted", "the client certificate isn't signed by this herd's CA") from error
     uris = names.get_values_for_type(x509.UniformResourceIdentifier)
     if len(uris) != 1:
         raise DeniedError("identity.missing", "the client certificate must name exactly one identity", uris=len(uris))
