@@ -6,6 +6,8 @@ What DuckDB 1.5.6 was seen to do, and what is done about it here:
 - a log with a damaged *header* is ignored and overwritten by the next insert without a word: noticed by the
   log's replayed size being nothing, and set aside too. So that an honest first commit that was torn by a crash
   doesn't look like that, each checkpoint is followed by one tiny commit;
+- a damaged entry *length* looks to DuckDB like a torn last entry: it drops that and everything behind it without a
+  word. So the log is copied before it is opened, and the copy is kept as `.torn-<time>` if DuckDB took less than all;
 - a failing checkpoint (disk full) invalidates the open database: it is closed and opened again in place;
 - any DDL in the log is a risk at replay: tables are made once, then checkpointed, and there is no index at all.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -66,6 +69,7 @@ class Database:
         self._gate = threading.Condition()
         self._readers: set[duckdb.DuckDBPyConnection] = set()
         self._connection: duckdb.DuckDBPyConnection | None = None
+        self._closed = False
 
     @classmethod
     def open(cls, path: Path, settings: DatabaseSettings, clock: Clock) -> Database:
@@ -105,13 +109,19 @@ class Database:
             return 0
 
     def set_aside(self) -> tuple[Path, ...]:
-        """Damaged logs that wait beside the store for somebody to look at them."""
-        return tuple(sorted(self.path.parent.glob(f"{self.path.name}.wal.damaged-*")))
+        """Logs that wait beside the store for somebody to look at them.
+
+        `.damaged-`: could not be replayed. `.torn-`: replayed up to a place where the last commit was torn off by a
+        crash (it had not been acknowledged), or where an entry's length is damaged (what follows had been).
+        """
+        return tuple(
+            path for mark in ("damaged", "torn") for path in sorted(self.path.parent.glob(f"{self._wal.name}.{mark}-*"))
+        )
 
     def checkpoint(self) -> None:
         """Move the log into the file. Raises duckdb.Error; after a FatalException call `reopen`."""
         self.connection.execute("CHECKPOINT")
-        self.connection.execute("UPDATE meta SET value = (value::BIGINT + 1)::VARCHAR WHERE key = 'checkpoints'")
+        _write_something(self.connection)
 
     def reopen(self) -> None:
         """Close what DuckDB invalidated and open it again; readers wait meanwhile.
@@ -119,6 +129,8 @@ class Database:
         Raises TransientError store.unavailable, IntegrityError; the database is then closed, call again.
         """
         with self._gate:
+            if self._closed:
+                raise unavailable("the series store is closed")
             connection, self._connection = self._connection, None
             for reader in self._readers:
                 reader.interrupt()
@@ -132,6 +144,7 @@ class Database:
     def close(self) -> None:
         """Let go of file and lock; readers are interrupted."""
         with self._gate:
+            self._closed = True
             connection, self._connection = self._connection, None
             for reader in self._readers:
                 reader.interrupt()
@@ -149,7 +162,7 @@ class Database:
         Raises TransientError query.timeout | store.unavailable, PreconditionError promql.limit (memory).
         """
         with self._gate:
-            if not self._gate.wait_for(lambda: self._connection is not None, timeout=5.0):
+            if not self._gate.wait_for(lambda: self._closed or self._connection is not None, timeout=5.0):
                 raise unavailable("the series store is closed")
             cursor = self.connection.cursor()
             self._readers.add(cursor)
@@ -198,20 +211,60 @@ class Database:
 
     def _open_with_log(self) -> duckdb.DuckDBPyConnection:
         log_bytes = self.wal_bytes
+        is_worth_judging = log_bytes > _WAL_HEADER_BYTES
+        copy = self._copy_log() if is_worth_judging else None
         try:
             connection = self._connect()
+            if not is_worth_judging:
+                return connection
+            if _replayed(connection):
+                return self._judge_tail(connection, copy, log_bytes)
+            connection.close()
+            return self._open_without_log("DuckDB doesn't recognise the header of the log and would overwrite it")
         except duckdb.Error as error:
             if log_bytes == 0 or not _is_damage(error):
                 raise _opening_error(self.path, error) from error
             return self._open_without_log(first_line(error))
-        if log_bytes > _WAL_HEADER_BYTES and not _replayed(connection):
-            connection.close()
-            return self._open_without_log("DuckDB doesn't recognise the header of the log and would overwrite it")
+        finally:
+            if copy is not None:
+                copy.unlink(missing_ok=True)
+
+    def _copy_log(self) -> Path | None:
+        copy = self._wal.with_name(f".tmp-{self._wal.name}")
+        try:
+            shutil.copyfile(self._wal, copy)
+        except OSError as error:
+            log.warning("series.log_not_copied", store=str(self.path), reason=str(error))  # full disk: open without the copy
+            copy.unlink(missing_ok=True)
+            return None
+        return copy
+
+    def _judge_tail(
+        self, connection: duckdb.DuckDBPyConnection, copy: Path | None, log_bytes: int
+    ) -> duckdb.DuckDBPyConnection:
+        """DuckDB cuts the log after the last entry it could read, at the next write: write, then compare."""
+        with contextlib.suppress(duckdb.CatalogException):  # a store that crashed while it was made
+            _write_something(connection)
+        dropped_bytes = log_bytes - self.wal_bytes
+        if dropped_bytes > 0:
+            aside = self._aside("torn")
+            if copy is not None:
+                copy.rename(aside)
+            log.warning(
+                "series.log_tail_dropped", store=str(self.path), kept_as=str(aside) if copy else None, dropped_bytes=dropped_bytes,
+                consequence="a commit that a crash tore wasn't acknowledged; if the disk damaged the log, more is missing",
+            )  # fmt: skip
         return connection
 
-    def _open_without_log(self, why: str) -> duckdb.DuckDBPyConnection:
+    def _aside(self, mark: str) -> Path:
         stamp = datetime.fromtimestamp(self._clock.wall_unix_ns() / 1e9, UTC).strftime("%Y%m%dT%H%M%S.%fZ")
-        aside = self._wal.with_name(f"{self._wal.name}.damaged-{stamp}")
+        path = self._wal.with_name(f"{self._wal.name}.{mark}-{stamp}")
+        while path.exists():
+            path = path.with_name(path.name + "x")
+        return path
+
+    def _open_without_log(self, why: str) -> duckdb.DuckDBPyConnection:
+        aside = self._aside("damaged")
         self._wal.rename(aside)
         fsync_directory(self.path.parent)
         try:
@@ -247,7 +300,7 @@ class Database:
                 connection.execute(statement)
             connection.executemany(
                 "INSERT INTO meta VALUES (?, ?)",
-                [("format", FORMAT_NAME), ("version", str(FORMAT_VERSION)), ("checkpoints", "0")],
+                [("format", FORMAT_NAME), ("version", str(FORMAT_VERSION)), ("generation", "0")],
             )
             connection.execute("COMMIT")
             self.checkpoint()
@@ -263,6 +316,11 @@ def unavailable(message: str) -> TransientError:
 def first_line(error: BaseException) -> str:
     """DuckDB's messages carry stack traces below the first line."""
     return str(error).split("\n", 1)[0]
+
+
+def _write_something(connection: duckdb.DuckDBPyConnection) -> None:
+    """One tiny commit, whose log entry a single write() carries."""
+    connection.execute("UPDATE meta SET value = (value::BIGINT + 1)::VARCHAR WHERE key = 'generation'")
 
 
 def _replayed(connection: duckdb.DuckDBPyConnection) -> bool:

@@ -38,7 +38,7 @@ class StoreGauges:
     queued_points: int
     wal_bytes: int
     file_bytes: int
-    logs_set_aside: int  # damaged logs waiting beside the file: data that was acknowledged and isn't served
+    logs_set_aside: int  # logs waiting beside the file: may hold samples that were acknowledged and aren't served
     is_writable: bool
 
 
@@ -92,9 +92,12 @@ class SeriesStore(SeriesReader):
             is_writable=self._writer.is_alive and not self._writer.is_broken,
         )
 
-    def close(self, timeout_s: float = 30.0) -> None:
-        """Commit what waits, checkpoint, release the file. Later appends raise store.unavailable."""
+    def close(self, timeout_s: float = 30.0, *, checkpoint: bool = True) -> None:
+        """Commit what waits, checkpoint, release the file. Later appends raise store.unavailable.
+
+        Without the checkpoint it is quicker, and the next start replays the log.
+        """
         try:
-            self._writer.close(timeout_s)
+            self._writer.close(timeout_s, checkpoint=checkpoint)
         finally:
             self._database.close()

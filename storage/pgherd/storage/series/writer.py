@@ -71,6 +71,7 @@ class Writer:
         self._queue = CommitQueue(points_max=settings.queue_points_max, bytes_max=settings.queue_bytes_max)
         self._expiry = Expiry(settings.retention_s, settings.expiry_chunk_rows)
         self._broken = False
+        self._checkpoint_last = True
         self._next_checkpoint_mono_s = clock.mono_s() + settings.checkpoint_interval_s
         self._next_expiry_mono_s = clock.mono_s() + min(10.0, settings.expiry_interval_s)
         self.catalog = catalog
@@ -98,8 +99,9 @@ class Writer:
         """See SeriesStore.append."""
         return self._queue.put(batch)
 
-    def close(self, timeout_s: float) -> None:
+    def close(self, timeout_s: float, *, checkpoint: bool = True) -> None:
         """Commit what waits, checkpoint, stop. Raises TransientError store.unavailable if that takes too long."""
+        self._checkpoint_last = checkpoint
         self._queue.close()
         if not self._thread.is_alive():
             return
@@ -118,7 +120,7 @@ class Writer:
                 log.exception("series.writer_round_failed")
                 _fail(group, error)
                 self._broken = True
-        if not self._broken:
+        if self._checkpoint_last and not self._broken:
             self._checkpoint()
 
     def _idle_s(self) -> float:

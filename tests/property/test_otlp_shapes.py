@@ -1,0 +1,188 @@
+"""The fast path gives what the slow path gives: for any request, any numbers in its holes, any changed byte."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+
+from pgherd.collector.ingest import otlp
+from pgherd.collector.ingest.admit import AdmitLimits
+from pgherd.collector.ingest.otlp import Decoded
+from pgherd.collector.ingest.shape import ShapeCache, scan, template_of
+from pgherd.proto.errors import PeerError
+from pgherd.proto.samples import STALE_NAN_BITS
+
+LIMITS = AdmitLimits(points_max=50)
+TEXT = st.text(max_size=8)
+KEYS = st.sampled_from(["datname", "job", "node", "a.b", "a_b", "__name__", "9x", ""])
+SPECIAL_BITS = st.sampled_from([STALE_NAN_BITS, 0x7FF8000000000000, 0, 1 << 63, (1 << 64) - 1, 0x7FF0000000000000])
+WORDS = st.one_of(SPECIAL_BITS, st.integers(0, (1 << 64) - 1))
+
+
+class AnyPeer:
+    def __init__(self, kind: str) -> None:
+        self.kind, self.id = kind, "someone"
+
+
+def fill_value(draw: st.DrawFn, value: Any) -> None:
+    match draw(st.integers(0, 6)):
+        case 0:
+            value.int_value = draw(st.integers(-5, 5))
+        case 1:
+            value.bool_value = draw(st.booleans())
+        case 2:
+            value.bytes_value = draw(st.binary(max_size=3))
+        case 3:
+            value.array_value.values.add().string_value = draw(TEXT)
+        case 4:
+            pass
+        case _:
+            value.string_value = draw(TEXT)
+
+
+def fill_point(draw: st.DrawFn, point: Any) -> None:
+    for key in draw(st.lists(KEYS, max_size=3)):
+        fill_value(draw, point.attributes.add(key=key).value)
+    point.time_unix_nano = draw(WORDS)
+    point.start_time_unix_nano = draw(st.one_of(st.just(0), WORDS))
+    match draw(st.integers(0, 4)):
+        case 0:
+            point.as_int = draw(st.integers(-(1 << 63), (1 << 63) - 1))
+        case 1:
+            pass
+        case _:
+            point.as_double = struct.unpack("<d", struct.pack("<Q", draw(WORDS)))[0]
+    point.flags = draw(st.sampled_from([0, 0, 0, 1]))
+    if draw(st.integers(0, 30)) == 0:
+        point.exemplars.add(as_double=1.0)
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> bytes:
+    request = ExportMetricsServiceRequest()
+    for _ in range(draw(st.integers(0, 2))):
+        resource_metrics = request.resource_metrics.add()
+        names = ["service.name", "service.instance.id", "pgherd.agent.id", "pgherd.node.id", "pgherd.node", "pgherd.cluster"]
+        for key in draw(st.lists(st.sampled_from(names), max_size=4)):
+            fill_value(draw, resource_metrics.resource.attributes.add(key=key).value)
+        for _ in range(draw(st.integers(0, 2))):
+            scope = resource_metrics.scope_metrics.add()
+            scope.scope.name = draw(st.sampled_from(["pgherd.agent", "other", ""]))
+            for _ in range(draw(st.integers(0, 3))):
+                metric = scope.metrics.add(
+                    name=draw(st.sampled_from(["pg_up", "a.b", "é", "", "x" * 300])),
+                    unit=draw(st.sampled_from(["", "By", "1"])),
+                )
+                kind = draw(st.sampled_from(["gauge", "gauge", "sum", "sum", "histogram", "none"]))
+                if kind == "gauge":
+                    metric.gauge.SetInParent()
+                    for _ in range(draw(st.integers(0, 4))):
+                        fill_point(draw, metric.gauge.data_points.add())
+                elif kind == "sum":
+                    temporality: Any = draw(st.sampled_from([0, 1, 2, 2, 2]))
+                    metric.sum.aggregation_temporality = temporality
+                    metric.sum.is_monotonic = draw(st.booleans())
+                    for _ in range(draw(st.integers(0, 4))):
+                        fill_point(draw, metric.sum.data_points.add())
+                elif kind == "histogram":
+                    metric.histogram.data_points.add(count=1, time_unix_nano=draw(WORDS))
+    body: bytes = request.SerializeToString()
+    return body
+
+
+def facts(decoded: Decoded) -> object:
+    return (
+        decoded.layout.labels, decoded.layout.metrics, decoded.series.tolist(), decoded.times_ns.tolist(),
+        decoded.values.view(np.uint64).tolist(), decoded.claims, dict(decoded.rejected),
+    )  # fmt: skip
+
+
+def slow(body: bytes, kind: str) -> object:
+    try:
+        return facts(otlp.decode(body, kind, LIMITS))
+    except PeerError as error:
+        return error.code
+
+
+@settings(max_examples=150, deadline=None)
+@given(body=requests(), kind=st.sampled_from(["agent", "client"]), data=st.data())
+def test_fast_path_equals_slow_path(body: bytes, kind: str, data: st.DataObject) -> None:
+    cache, peer = ShapeCache(LIMITS), AnyPeer(kind)
+    for _ in range(2):  # the second sight makes the template
+        assert facts(cache.decode(body, peer)) == slow(body, kind)
+    changed = bytearray(body)
+    holes = [at for point in scan(body) or () for at in (point.start, point.time, point.as_double, point.as_int) if at >= 0]
+    for at in holes:
+        changed[at : at + 8] = data.draw(WORDS).to_bytes(8, "little")
+    hits = cache.hits
+    assert facts(cache.decode(bytes(changed), peer)) == slow(bytes(changed), kind)
+    if template_of(body, otlp.decode(body, kind, LIMITS)) is not None:
+        assert cache.hits == hits + 1
+    for _ in range(3):
+        if not changed:
+            break
+        changed[data.draw(st.integers(0, len(changed) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+        expected = slow(bytes(changed), kind)
+        try:
+            found: object = facts(cache.decode(bytes(changed), peer))
+        except PeerError as error:
+            found = error.code
+        assert found == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.one_of(st.binary(max_size=200), requests().map(lambda body: body[:-1]), requests().map(lambda body: body + b"\x0a\xff"))
+)
+def test_any_bytes_are_decoded_or_refused(body: bytes) -> None:
+    scan(body)
+    assert not isinstance(slow(body, "client"), str) or slow(body, "client") in ("ingest.malformed", "ingest.too_large")
+
+
+def test_no_part_of_a_request_is_taken_twice() -> None:
+    """A message set twice is merged by protobuf: such bytes must not get a template."""
+    request = ExportMetricsServiceRequest()
+    metric = request.resource_metrics.add().scope_metrics.add().metrics.add(name="x")
+    metric.gauge.data_points.add(as_double=1.0, time_unix_nano=5)
+    body = request.SerializeToString()
+    assert template_of(body, otlp.decode(body, "client", LIMITS)) is not None
+    inner = metric.SerializeToString()
+    for extra in (metric.gauge.data_points[0].SerializeToString(), b""):
+        gauge_again = (
+            inner
+            + b"\x2a"
+            + bytes([len(extra) + 2 if extra else 0])
+            + (b"\x0a" + bytes([len(extra)]) + extra if extra else b"")
+        )
+        scope = b"\x12" + bytes([len(gauge_again)]) + gauge_again
+        resource = b"\x12" + bytes([len(scope)]) + scope
+        merged = b"\x0a" + bytes([len(resource)]) + resource
+        assert len(otlp.decode(merged, "client", LIMITS).series) == (2 if extra else 1)
+        assert scan(merged) is None
+
+
+def test_cache_stays_within_its_bound() -> None:
+    def body(series: int) -> bytes:
+        request = ExportMetricsServiceRequest()
+        metric = request.resource_metrics.add().scope_metrics.add().metrics.add(name="x")
+        for i in range(series):
+            metric.gauge.data_points.add(as_double=1.0, time_unix_nano=5).attributes.add(key="i").value.string_value = str(i)
+        encoded: bytes = request.SerializeToString()
+        return encoded
+
+    cache = ShapeCache(AdmitLimits(), bytes_max=60_000)
+    peer = AnyPeer("client")
+    for series in range(10, 60):
+        for _ in range(2):
+            cache.decode(body(series), peer)
+        assert 0 < cache.size_bytes <= 60_000
+    assert cache.hits == 0
+    cache.decode(body(59), peer)
+    assert cache.hits == 1
+    cache.decode(body(10), peer)
+    assert cache.hits == 1  # long gone

@@ -1,0 +1,178 @@
+"""What of an OTLP request becomes which series, and who may send it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+
+from pgherd.collector.ingest import otlp
+from pgherd.collector.ingest.admit import AdmitLimits, Claim, Reason, admit_times, check_claims
+from pgherd.collector.ingest.names import label_name, metric_name
+from pgherd.collector.ingest.service import batch_of, shipment_of
+from pgherd.proto.errors import DeniedError, PeerError
+from pgherd.proto.samples import STALE_NAN_BITS, Metric, MetricKind
+from support.otlp import AGENT, INCARNATION, NODE, metric, resource
+
+NOW_NS = 1_795_000_000_000_000_000
+LIMITS = AdmitLimits()
+
+
+@dataclass(frozen=True)
+class Caller:
+    kind: str
+    id: str
+
+
+def owns(agent_id: str, node_id: str) -> bool:
+    return (agent_id, node_id) == (AGENT, NODE)
+
+
+def test_our_agents_names_and_origin_labels_are_kept() -> None:
+    request = ExportMetricsServiceRequest()
+    made = resource(request)
+    metric(made, "pg_stat_database_xact_commit", [({"datname": "app", "job": "spoofed"}, 5)], time_ns=NOW_NS, counter=True)
+    metric(made, "pg_up", [({}, 1.0), ({"gone": "x"}, None)], time_ns=NOW_NS)
+    decoded = otlp.decode(request.SerializeToString(), "agent", LIMITS)
+    origin = {"job": "pgherd", "instance": "db1:5432", "cluster": "shop", "node": "db1"}
+    assert [dict(labels) for labels in decoded.layout.labels] == [
+        {**origin, "__name__": "pg_stat_database_xact_commit", "datname": "app", "exported_job": "spoofed"},
+        {**origin, "__name__": "pg_up"},
+        {**origin, "__name__": "pg_up", "gone": "x"},
+    ]
+    assert decoded.values.tolist()[:2] == [5.0, 1.0]
+    assert decoded.values.view(np.uint64)[2] == STALE_NAN_BITS
+    assert decoded.claims == {Claim(AGENT, NODE, "pgherd")}
+    name = "pg_stat_database_xact_commit"
+    assert decoded.layout.metrics[0] == Metric(name, MetricKind.COUNTER, f"help of {name}", "")
+
+
+def test_foreign_names_are_translated() -> None:
+    request = ExportMetricsServiceRequest()
+    made = resource(request, agent="", node="", service_name="shop-api", service_namespace="prod")
+    points = [({"http.method": "GET", "http_method": "x", "_hidden": "1", "9lives": "2", "node": "spoofed"}, 1.5)]
+    metric(made, "http.server.duration", points, time_ns=NOW_NS, scope="io.otel", counter=True, unit="ms")
+    (labels,) = otlp.decode(request.SerializeToString(), "client", LIMITS).layout.labels
+    assert dict(labels) == {
+        "__name__": "http_server_duration_milliseconds_total", "job": "prod/shop-api", "instance": "db1:5432",
+        "http_method": "GET;x", "key_hidden": "1", "key_9lives": "2", "exported_node": "spoofed",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "kind", "expected"),
+    [
+        ("system.memory.usage", "By", "", "system_memory_usage_bytes"),
+        ("requests", "{request}", "counter", "requests_total"),
+        ("requests.total.count", "1", "counter", "requests_count_total"),
+        ("cpu.utilization", "1", "gauge", "cpu_utilization_ratio"),
+        ("disk.speed", "MBy/s", "gauge", "disk_speed_megabytes_per_second"),
+        ("uptime_seconds", "s", "gauge", "uptime_seconds"),
+        ("2xx", "", "counter", "_2xx_total"),
+        ("weird//name..x", "widgets", "gauge", "weird_name_x_widgets"),
+        ("é", "", "gauge", ""),
+    ],
+)
+def test_metric_names(name: str, unit: str, kind: str, expected: str) -> None:
+    assert metric_name(name, unit, is_counter=kind == "counter", is_gauge=kind == "gauge") == expected
+
+
+def test_label_names() -> None:
+    assert [label_name(key) for key in ("a.b", "1a", "__name__", "é", "")] == ["a_b", "key_1a", "key__name__", "", ""]
+
+
+def test_what_cannot_be_taken_is_rejected_with_its_reason() -> None:
+    request = ExportMetricsServiceRequest()
+    made = resource(request)
+    metric(made, "ok", [({}, 1.0)], time_ns=NOW_NS)
+    metric(made, "delta", [({}, 1.0), ({"x": "y"}, 2.0)], time_ns=NOW_NS, counter=True).sum.aggregation_temporality = 1
+    metric(made, "not a name", [({}, 1.0)], time_ns=NOW_NS)
+    metric(made, "labels", [({"bad-label": "x"}, 1.0), ({"__x": "1"}, 1.0), ({"x": "y" * 5000}, 1.0)], time_ns=NOW_NS)
+    metric(made, "many", [({f"l{i}": "x" for i in range(80)}, 1.0)], time_ns=NOW_NS)
+    made.scope_metrics.add().metrics.add(name="h").histogram.data_points.add(count=1)
+    made.scope_metrics.add().metrics.add(name="e").exponential_histogram.data_points.add(count=1)
+    made.scope_metrics.add().metrics.add(name="s").summary.data_points.add(count=1)
+    metric(made, "empty", [({}, 1.0)], time_ns=NOW_NS).gauge.data_points[0].ClearField("as_double")
+    metric(made, "late", [({}, 1.0)], time_ns=NOW_NS - 8 * 86400 * 10**9)
+    metric(made, "early", [({}, 1.0)], time_ns=NOW_NS + 601 * 10**9)
+    metric(made, "timeless", [({}, 1.0)], time_ns=0)
+    decoded = otlp.decode(request.SerializeToString(), "agent", LIMITS)
+    batch, rejected = batch_of(decoded, None, NOW_NS, LIMITS)
+    assert rejected == {
+        Reason.DELTA: 2, Reason.NAME: 1, Reason.LABELS: 4, Reason.KIND: 3, Reason.NO_VALUE: 1, Reason.PAST: 2, Reason.FUTURE: 1,
+    }  # fmt: skip
+    assert (batch.points, batch.times_ms.tolist()) == (1, [NOW_NS // 1_000_000])
+
+
+def test_time_bounds_are_closed_and_survive_extremes() -> None:
+    limits = AdmitLimits(future_max_s=1.0, past_max_s=1.0)
+    times = np.array([NOW_NS - 10**9, NOW_NS + 10**9, NOW_NS - 10**9 - 1, NOW_NS + 10**9 + 1, 0, (1 << 64) - 1], np.uint64)
+    kept, rejected = admit_times(times, NOW_NS, limits)
+    assert kept is not None
+    assert kept.tolist() == [True, True, False, False, False, False]
+    assert rejected == {Reason.PAST: 2, Reason.FUTURE: 2}
+    assert admit_times(times[:2], NOW_NS, limits)[0] is None
+
+
+def test_too_many_points_are_refused_whole() -> None:
+    request = ExportMetricsServiceRequest()
+    metric(resource(request), "x", [({}, 1.0)] * 11, time_ns=NOW_NS)
+    with pytest.raises(PeerError) as caught:
+        otlp.decode(request.SerializeToString(), "agent", AdmitLimits(points_max=10))
+    assert caught.value.code == "ingest.too_large"
+
+
+OTHER = "11111111-2222-4333-8444-555555555555"
+
+
+@pytest.mark.parametrize(
+    ("caller", "claim", "allowed"),
+    [
+        (Caller("agent", AGENT), Claim(AGENT, NODE, "pgherd"), True),
+        (Caller("agent", AGENT), Claim(AGENT, "", "pgherd"), True),  # about itself
+        (Caller("agent", AGENT), Claim(OTHER, NODE, "pgherd"), False),
+        (Caller("agent", AGENT), Claim("", NODE, "pgherd"), False),
+        (Caller("agent", AGENT), Claim("", "", ""), False),
+        (Caller("agent", AGENT), Claim(AGENT, OTHER, "pgherd"), False),
+        (Caller("agent", OTHER), Claim(OTHER, NODE, "pgherd"), False),
+        (Caller("client", OTHER), Claim("", "", "shop"), True),
+        (Caller("client", AGENT), Claim(AGENT, "", "shop"), False),
+        (Caller("client", OTHER), Claim("", NODE, "shop"), False),
+        (Caller("client", OTHER), Claim("", "", "pgherd"), False),
+    ],
+)
+def test_who_may_speak_for_whom(caller: Caller, claim: Claim, allowed: bool) -> None:
+    if allowed:
+        check_claims(caller, [claim], owns)
+        return
+    with pytest.raises(DeniedError) as caught:
+        check_claims(caller, [Claim(caller.id, "", "x") if caller.kind == "agent" else Claim("", "", "x"), claim], owns)
+    assert caught.value.code == "identity.mismatch"
+
+
+def test_clients_and_nodeless_resources_get_no_node_label() -> None:
+    request = ExportMetricsServiceRequest()
+    metric(resource(request, agent="", node="", service_name="x"), "m", [({}, 1.0)], time_ns=NOW_NS)
+    body = request.SerializeToString()
+    (from_client,) = otlp.decode(body, "client", LIMITS).layout.labels
+    assert dict(from_client) == {"__name__": "m", "job": "x", "instance": "db1:5432"}
+    (from_agent,) = otlp.decode(body, "agent", LIMITS).layout.labels
+    assert "node" not in dict(from_agent)
+
+
+def test_sequence_metadata() -> None:
+    agent, client = Caller("agent", AGENT), Caller("client", OTHER)
+    shipment = shipment_of(agent, [("pgherd-incarnation", INCARNATION.upper()), ("pgherd-sequence", "7"), ("x-bin", b"1")])
+    assert shipment is not None
+    assert (shipment.agent_id, shipment.incarnation, shipment.sequence) == (AGENT, INCARNATION, 7)
+    assert shipment_of(client, [("pgherd-incarnation", INCARNATION), ("pgherd-sequence", "7")]) is None
+    for sequence in ("", "0", "-1", "1.5", "٣", str(1 << 63), "9" * 5000):
+        with pytest.raises(PeerError):
+            shipment_of(agent, [("pgherd-incarnation", INCARNATION), ("pgherd-sequence", sequence)])
+    for incarnation in ("", "not-a-uuid"):
+        with pytest.raises(PeerError):
+            shipment_of(agent, [("pgherd-incarnation", incarnation), ("pgherd-sequence", "1")])
+    with pytest.raises(PeerError):
+        shipment_of(agent, None)
