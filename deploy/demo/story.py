@@ -257,9 +257,8 @@ class Story:
                 name: {
                     "sampled": book["sampled_points"],
                     "dropped": book["dropped_points"],
-                    "still_in_spool": book["spooled_points"],
+                    "still_in_spool": book["waiting_points"],
                     "stored": stored[name]["stored_points"],
-                    "repeated_shipments": stored[name]["repeated_shipments"],
                     "gaps": stored[name]["gaps"],
                 }
                 for name, book in books.items()

@@ -40,7 +40,9 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--config", "config_file", type=click.Path(path_type=Path), help="Configuration file (default: /etc/pgherd/agent.toml).")
+@click.option(
+    "--config", "config_file", type=click.Path(path_type=Path), help="Configuration file (default: /etc/pgherd/agent.toml)."
+)
 @click.option("--state-directory", type=click.Path(path_type=Path), help="Overrides state_directory.")
 @click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
 @click.version_option(package_name="pgherd")
@@ -59,6 +61,26 @@ def run(context: AgentContext, standalone: bool) -> None:
     from pgherd.agent.launch import launch
 
     sys.exit(command_main(lambda: launch(context, standalone=standalone), as_json=context.json))
+
+
+@agent.command()
+@click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
+@click.pass_obj
+def status(context: AgentContext, as_json: bool) -> None:
+    """Show how the agent on this host is, collector or not."""
+    from pgherd.agent.status import read_status
+
+    def body() -> None:
+        document = read_status(context.config.state_directory / "status.json")
+        if as_json or context.json:
+            emit_json(document)
+            return
+        spool = document["spool"]
+        link = {True: "connected", False: "not connected", None: "none (standalone)"}[document["connected"]]
+        click.echo(f"collector: {link}; spool: {spool['waiting_points']} points wait, {spool['dropped_points']} were dropped")
+        table(document["nodes"], [("alias", "NODE"), ("role", "ROLE"), ("condition", "CONDITION"), ("instance", "INSTANCE")])
+
+    sys.exit(command_main(body, as_json=as_json or context.json))
 
 
 @agent.group()

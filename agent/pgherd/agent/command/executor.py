@@ -395,7 +395,7 @@ def _indeterminate() -> IntegrityError:
     )
 
 
-def cli_argv(program: Sequence[str], config: Path | None) -> Callable[[Offer, str, Path], Sequence[str]]:
+def cli_argv(program: Sequence[str], config: Path | None) -> ChildArgv:
     """The real `ChildArgv`: our own CLI. `program` is e.g. (sys.executable, "-m", "pgherd.agent.main")."""
 
     def build(offer: Offer, alias: str, result_file: Path) -> Sequence[str]:
