@@ -17,7 +17,7 @@ import pytest
 
 from pgherd.agent.probes.connection import APPLICATION_NAME
 from support.postgres import Fleet, Server
-from support.sampling import SAMPLING, Bench, Decoded, sampling
+from support.sampling import SAMPLING, Bench, Decoded, cycle_until, sampling, until
 
 pytestmark = [pytest.mark.pg, pytest.mark.fault]
 
@@ -31,12 +31,7 @@ def server(private_postgres: Server) -> Server:
 
 
 async def healthy(bench: Bench) -> Decoded:
-    async with asyncio.timeout(20):
-        while True:
-            seen = await bench.cycle()
-            if bench.sampler.status.condition == "up":
-                return seen
-            await asyncio.sleep(0.05)
+    return await cycle_until(bench, lambda _: bench.condition() == "up", "healthy cycle")
 
 
 def stale_names(seen: Decoded) -> set[str]:
@@ -59,11 +54,11 @@ def test_down_is_told_once_per_series_and_comes_back(server: Server, tmp_path: P
             up = await bench.cycle()
             server.stop()
             down = await bench.cycle()
-            assert bench.sampler.status.condition == "down"
-            assert bench.sampler.status.role == "unknown"
+            assert bench.condition() == "down"
+            assert bench.role() == "unknown"
             assert down.value("pg_up") == 0
             assert down.unknown() == {"connection": "postgres.unreachable"}
-            server_names = {name for name in up.names() if name.startswith("pg_stat_") or name.startswith("pg_settings_")}
+            server_names = {name for name in up.names() if name.startswith(("pg_stat_", "pg_settings_"))}
             assert server_names <= stale_names(down), "every series of the server ends, none stays frozen"
             assert not server_names & down.names()
             still = await bench.cycle()
@@ -86,7 +81,7 @@ def test_hung_server_is_hung_with_one_connection_lost_and_one_attempt_pending(se
                 started = time.monotonic()
                 hung = await bench.cycle()
                 assert time.monotonic() - started < 5
-                assert bench.sampler.status.condition == "hung"
+                assert bench.condition() == "hung"
                 assert hung.value("pg_up") == 0
                 assert hung.unknown()["connection"] == "postgres.timeout.answer"
                 for _ in range(5):
@@ -96,9 +91,7 @@ def test_hung_server_is_hung_with_one_connection_lost_and_one_attempt_pending(se
                 server.resume()
             seen = await healthy(bench)
             assert seen.value("pgherd_connection_attempts_total") == 2, "the pending attempt was used, no new one made"
-            async with asyncio.timeout(10):
-                while len(our_backends(server)) > 1:
-                    await asyncio.sleep(0.05)
+            await until(lambda: len(our_backends(server)) == 1, 10, "end of the abandoned backend")
 
     asyncio.run(work())
 
@@ -126,9 +119,9 @@ def test_hung_backend_alone_costs_the_connection_and_the_next_cycle_works(server
             os.kill(backend.pid, signal.SIGSTOP)
             try:
                 await bench.cycle()
-                assert bench.sampler.status.condition == "hung"
+                assert bench.condition() == "hung"
                 await bench.cycle()
-                assert bench.sampler.status.condition == "up"
+                assert bench.condition() == "up"
                 assert len(our_backends(server)) == 2, "the stopped one and the new one"
             finally:
                 os.kill(backend.pid, signal.SIGCONT)
@@ -145,7 +138,7 @@ def test_wrong_password_is_not_down_and_a_rotated_one_is_read_again(server: Serv
         conninfo = server.conninfo("monitor", tcp=True)
         async with sampling(tmp_path / "spool", conninfo, settings=QUICK, password_file=secret) as bench:
             refused = await bench.cycle()
-            assert bench.sampler.status.condition == "auth_failed"
+            assert bench.condition() == "auth_failed"
             assert refused.value("pg_up") == 0
             assert refused.unknown() == {"connection": "postgres.auth"}
             again = await bench.cycle()
@@ -174,7 +167,7 @@ def test_saturated_is_up_and_saturated(postgres_fleet: Fleet, tmp_path: Path) ->
                     for _ in range(2):
                         stack.enter_context(contextlib.closing(server.connect()))
                 full = await bench.cycle()
-                assert bench.sampler.status.condition == "saturated"
+                assert bench.condition() == "saturated"
                 assert full.value("pg_up") == 1, "saturated isn't down"
                 assert full.value("pgherd_node_saturated") == 1
                 assert full.unknown() == {"connection": "postgres.saturated"}
@@ -232,7 +225,7 @@ def test_lock_on_a_shared_catalogue_costs_the_probes_that_need_it_only(server: S
                 started = time.monotonic()
                 seen = await bench.cycle()
                 assert time.monotonic() - started < 2.5, "lock_timeout per probe, not the blocker's patience"
-                assert bench.sampler.status.condition == "up"
+                assert bench.condition() == "up"
                 assert seen.unknown()["stat_database"] == "postgres.timeout.lock"
                 assert not seen.find("pg_stat_database_xact_commit")
                 assert seen.find("pgherd_connections_used"), "running out of connections stays visible"

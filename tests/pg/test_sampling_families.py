@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import psycopg
@@ -11,7 +11,7 @@ import pytest
 
 from pgherd.agent.probes.catalog import load_catalog
 from support.postgres import Pair, Server
-from support.sampling import Decoded, sampling
+from support.sampling import Decoded, cycle_until, sampling
 
 pytestmark = pytest.mark.pg
 
@@ -44,17 +44,6 @@ def sample_once(directory: Path, server: Server, body: Callable[[Decoded], None]
             body(await bench.cycle())
 
     asyncio.run(work())
-
-
-async def until(cycle: Callable[[], Awaitable[Decoded]], condition: Callable[[Decoded], bool], what: str) -> Decoded:
-    """Cycles until one satisfies the condition."""
-    async with asyncio.timeout(20):
-        while True:
-            decoded = await cycle()
-            if condition(decoded):
-                return decoded
-            await asyncio.sleep(0.05)
-    raise AssertionError(what)
 
 
 @pytest.fixture
@@ -123,9 +112,9 @@ def test_standby_catches_up_to_lag_zero(monitored_pair: Pair, tmp_path: Path) ->
             first = await bench.cycle()
             assert first.unknown() == {}
             assert DASHBOARD_NAMES - {"pg_replication_lag_seconds"} - first.names() == set()
-            assert bench.sampler.status.role == "standby"
+            assert bench.role() == "standby"
             caught_up = lambda seen: [p.value for p in seen.find("pg_replication_lag_seconds")] == [0.0]  # noqa: E731
-            seen = await until(bench.cycle, caught_up, "the standby's lag to be 0 on an idle primary")
+            seen = await cycle_until(bench, caught_up, "the standby's lag to be 0 on an idle primary")
             assert seen.value("pg_replication_is_replica") == 1
             (status,) = seen.find("pg_stat_wal_receiver_status")
             assert status.value == 2
@@ -141,9 +130,9 @@ def test_a_cut_stream_is_unknown_never_zero(private_pair: Pair, tmp_path: Path) 
 
     async def work() -> None:
         async with sampling(tmp_path / "spool", private_pair.standby.conninfo("monitor")) as bench:
-            await until(bench.cycle, lambda seen: bool(seen.find("pg_replication_lag_seconds")), "a lag while streaming")
+            await cycle_until(bench, lambda seen: bool(seen.find("pg_replication_lag_seconds")), "a lag while streaming")
             private_pair.primary.stop()
-            cut = await until(bench.cycle, lambda seen: "replication" in seen.unknown(), "the cut to be noticed")
+            cut = await cycle_until(bench, lambda seen: "replication" in seen.unknown(), "the cut to be noticed")
             assert not cut.find("pg_replication_lag_seconds")
             assert cut.unknown()["replication"] == "no_wal_receiver"
             assert cut.value("pg_up") == 1
@@ -159,11 +148,11 @@ def test_promotion_restart_and_reset_are_followed(private_pair: Pair, tmp_path: 
     async def work() -> None:
         async with sampling(tmp_path / "spool", standby.conninfo("monitor")) as bench:
             await bench.cycle()
-            assert bench.sampler.status.role == "standby"
+            assert bench.role() == "standby"
             identifier = bench.sampler.status.system_identifier
             standby.promote()
             promoted = await bench.cycle()
-            assert bench.sampler.status.role == "primary"
+            assert bench.role() == "primary"
             assert promoted.value("pg_replication_is_replica") == 0
             assert promoted.find("pgherd_wal_insert_bytes_total")
             assert promoted.find("pg_settings_max_connections"), "the slow tier is asked again after a role change"

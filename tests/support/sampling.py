@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +87,13 @@ class Bench:
     sampler: NodeSampler
     spool: Spool
 
+    def condition(self) -> str:
+        """As a call: mypy may not take it for unchanged over a cycle."""
+        return self.sampler.status.condition
+
+    def role(self) -> str:
+        return self.sampler.status.role
+
     async def cycle(self) -> Decoded:
         report = await self.sampler.cycle()
         assert report.spooled
@@ -96,6 +105,25 @@ class Bench:
         decoded = decode(newest.payload)
         assert newest.points == len(decoded.points) == report.points
         return decoded
+
+
+async def until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+    """Give the event loop time until the condition holds."""
+    deadline_mono_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_mono_s, f"no {what} within {timeout_s:g} s"
+        await asyncio.sleep(0.01)
+
+
+async def cycle_until(bench: Bench, condition: Callable[[Decoded], bool], what: str, timeout_s: float = 20.0) -> Decoded:
+    """Cycles until one satisfies the condition."""
+    deadline_mono_s = time.monotonic() + timeout_s
+    while True:
+        decoded = await bench.cycle()
+        if condition(decoded):
+            return decoded
+        assert time.monotonic() < deadline_mono_s, f"no {what} within {timeout_s:g} s"
+        await asyncio.sleep(0.05)
 
 
 @contextlib.asynccontextmanager

@@ -1,0 +1,216 @@
+"""The shipper against a collector that answers everything there is to answer, over real gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
+
+from pgherd.agent.telemetry.ship import METHOD, Shipper, ShipSettings, judge
+from pgherd.runtime.clock import SystemClock
+from support.sampling import until
+from support.spooling import open_spool
+
+pytestmark = pytest.mark.fault
+
+SETTINGS = ShipSettings(deadline_s=1.0, backoff_min_s=0.02, backoff_max_s=0.1, denied_retry_s=0.05, idle_poll_s=5.0)
+OK = ExportMetricsServiceResponse().SerializeToString()
+
+
+class Collector:
+    """Answers Export by a script, then OK; remembers what came."""
+
+    def __init__(self) -> None:
+        self.script: list[Callable[[Any], Any]] = []
+        self.received: list[tuple[dict[str, str], bytes]] = []
+        self.concurrent = self.concurrent_max = 0
+
+    async def export(self, request: bytes, context: Any) -> bytes:
+        self.concurrent += 1
+        self.concurrent_max = max(self.concurrent, self.concurrent_max)
+        try:
+            metadata = {key: value for key, value in context.invocation_metadata() if key.startswith("pgherd-")}
+            self.received.append((metadata, request))
+            if self.script:
+                answer = await self.script.pop(0)(context)
+                if answer is not None:
+                    return bytes(answer)
+            return OK
+        finally:
+            self.concurrent -= 1
+
+    @property
+    def sequences(self) -> list[int]:
+        return [int(metadata["pgherd-sequence"]) for metadata, _ in self.received]
+
+
+def fail(code: grpc.StatusCode, retry_after_s: float | None = None) -> Callable[[Any], Any]:
+    async def answer(context: Any) -> None:
+        if retry_after_s is None:
+            await context.abort(code, "scripted")
+            return
+        info = error_details_pb2.RetryInfo()
+        info.retry_delay.FromNanoseconds(int(retry_after_s * 1e9))
+        packed = any_pb2.Any()
+        packed.Pack(info)
+        details = status_pb2.Status(code=code.value[0], message="scripted", details=[packed])
+        await context.abort(code, "scripted", (("grpc-status-details-bin", details.SerializeToString()),))
+
+    return answer
+
+
+async def never(context: Any) -> None:
+    await asyncio.sleep(60)
+
+
+async def partial(context: Any) -> bytes:
+    response = ExportMetricsServiceResponse()
+    response.partial_success.rejected_data_points = 2
+    return bytes(response.SerializeToString())
+
+
+async def garbage(context: Any) -> bytes:
+    return b"\xff\xff\xff\xff"
+
+
+@contextlib.asynccontextmanager
+async def serving(collector: Collector, port: int = 0) -> AsyncIterator[int]:
+    server = grpc.aio.server()
+    handler = grpc.unary_unary_rpc_method_handler(collector.export)
+    service, _, method = METHOD[1:].rpartition("/")
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {method: handler}),))
+    port = server.add_insecure_port(f"127.0.0.1:{port}")
+    await server.start()
+    try:
+        yield port
+    finally:
+        await server.stop(None)
+
+
+def ship(directory: Path, script: list[Callable[[Any], Any]], batches: int = 3) -> tuple[Any, Collector, int]:
+    """Ship `batches` batches of 10 points through the script; (counts, collector, channels opened)."""
+
+    async def work() -> tuple[Any, Collector, int]:
+        collector, channels = Collector(), 0
+        collector.script = script
+        spool = open_spool(directory)
+        for n in range(batches):
+            spool.append(b"batch %d" % n * 100, 10)
+        async with serving(collector) as port:
+
+            def channel() -> grpc.aio.Channel:
+                nonlocal channels
+                channels += 1
+                return grpc.aio.insecure_channel(f"127.0.0.1:{port}")
+
+            shipper = Shipper(spool, channel, SystemClock(), SETTINGS)
+            task = asyncio.create_task(shipper.run())
+            await until(lambda: spool.status.pending_batches == 0, 20, "an empty spool")
+            spool.append(b"woken", 10)
+            shipper.notify()
+            await until(lambda: spool.status.pending_batches == 0, 4, "the wake-up: idle_poll_s is longer")
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        counts = spool.status.counts
+        spool.close()
+        assert collector.concurrent_max == 1
+        return (counts, shipper.status), collector, channels
+
+    return asyncio.run(work())
+
+
+def test_all_arrive_once_in_order_with_their_names(tmp_path: Path) -> None:
+    (counts, status), collector, channels = ship(tmp_path / "spool", [])
+    assert collector.sequences == [1, 2, 3, 4]
+    assert collector.received[0][1] == b"batch 0" * 100
+    assert len({metadata["pgherd-incarnation"] for metadata, _ in collector.received}) == 1
+    assert counts.acked_points == counts.sampled_points == 40
+    assert status.failures == 0
+    assert channels == 1
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNIMPLEMENTED])
+def test_outages_are_waited_out(tmp_path: Path, code: grpc.StatusCode) -> None:
+    (counts, status), collector, _ = ship(tmp_path / "spool", [fail(code), fail(code), never, garbage])
+    assert collector.sequences == [1, 1, 1, 1, 1, 2, 3, 4]
+    assert counts.acked_points == 40
+    assert counts.dropped_points == 0
+    assert status.failures == 4
+
+
+def test_retry_info_is_honoured(tmp_path: Path) -> None:
+    async def work() -> float | None:
+        collector = Collector()
+        collector.script = [fail(grpc.StatusCode.UNAVAILABLE, 7.25)]
+        spool = open_spool(tmp_path / "spool")
+        spool.append(b"x", 1)
+        async with serving(collector) as port:
+            shipper = Shipper(spool, lambda: grpc.aio.insecure_channel(f"127.0.0.1:{port}"), SystemClock(), SETTINGS)
+            pause_s = await shipper.ship_next()
+            await shipper.reconnect()
+        spool.close()
+        return pause_s
+
+    assert asyncio.run(work()) == 7.25
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED])
+def test_poison_is_set_aside_counted_and_does_not_block(tmp_path: Path, code: grpc.StatusCode) -> None:
+    (counts, _), collector, _ = ship(tmp_path / "spool", [fail(code)])
+    assert collector.sequences == [1, 2, 3, 4]
+    assert counts.poisoned_points == 10
+    assert counts.acked_points == 30
+    assert (tmp_path / "spool" / "set-aside" / "refused-1.otlp").exists()
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED])
+def test_a_refused_identity_keeps_everything_and_dials_anew(tmp_path: Path, code: grpc.StatusCode) -> None:
+    (counts, _), collector, channels = ship(tmp_path / "spool", [fail(code), fail(code)])
+    assert collector.sequences == [1, 1, 1, 2, 3, 4]
+    assert counts.acked_points == 40
+    assert channels == 3, "a renewed certificate needs a new channel"
+
+
+def test_partial_success_is_acknowledged_and_counted(tmp_path: Path) -> None:
+    (counts, status), collector, _ = ship(tmp_path / "spool", [partial])
+    assert collector.sequences == [1, 2, 3, 4]
+    assert counts.acked_points == 40
+    assert status.rejected_points == 2
+
+
+def test_overload_with_retry_info_is_no_poison() -> None:
+    assert judge(grpc.StatusCode.RESOURCE_EXHAUSTED, True) == "retry"
+    assert judge(grpc.StatusCode.RESOURCE_EXHAUSTED, False) == "poison"
+
+
+def test_a_lost_ack_ships_the_same_sequence_again_after_a_restart(tmp_path: Path) -> None:
+    async def work() -> None:
+        collector = Collector()
+        spool = open_spool(tmp_path / "spool")
+        spool.append(b"only", 5)
+        async with serving(collector) as port:
+            batch = spool.head()
+            assert batch is not None
+            shipper = Shipper(spool, lambda: grpc.aio.insecure_channel(f"127.0.0.1:{port}"), SystemClock(), SETTINGS)
+            await shipper._send(batch)  # stored there; the agent dies before it notes the ack
+            spool.close()
+            spool = open_spool(tmp_path / "spool")
+            again = Shipper(spool, lambda: grpc.aio.insecure_channel(f"127.0.0.1:{port}"), SystemClock(), SETTINGS)
+            assert await again.ship_next() == 0.0
+            await shipper.reconnect()
+            await again.reconnect()
+        assert collector.sequences == [1, 1]
+        assert collector.received[0] == collector.received[1]
+        assert spool.status.counts.acked_points == 5
+        spool.close()
+
+    asyncio.run(work())
