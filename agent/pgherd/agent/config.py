@@ -64,7 +64,10 @@ class BackupConfig:
     lock_wait_timeout: Duration = 30.0
     verify_after: bool = True  # read every backup back as soon as it is taken
     scratch_directory: Path | None = None  # for scratch servers; default: below the state directory
-    scratch_user: str = ""  # OS user of scratch servers when the agent runs as root; default: "postgres"
+    # OS user of scratch servers when the agent runs as root; default: "pgherd-scratch" if it exists, else "nobody".
+    # Not the owner of a live data directory: functions of the restored databases run as this user.
+    scratch_user: str = ""
+    role_passwords: bool = True  # False: accept backups without them where the role may not read pg_authid
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,8 +46,8 @@ class OsUser:
                     os.chown(path, self.uid, self.gid, follow_symlinks=False)
 
     def reaches(self, path: Path) -> bool:
-        """Whether this user may pass through every directory above `path` (mode bits; ACLs aren't looked at)."""
-        return not self.dropped or all(self._may_enter(parent) for parent in path.resolve().parents)
+        """Whether this user may pass through every directory above `path` that exists (mode bits; ACLs aren't looked at)."""
+        return not self.dropped or all(self._may_enter(parent) for parent in path.resolve().parents if parent.exists())
 
     def _may_enter(self, directory: Path) -> bool:
         status = directory.stat()

@@ -125,7 +125,11 @@ def initdb(
     data_directory.mkdir(mode=0o700)
     user.own(data_directory)
     argv: list[str | Path] = [binaries.program("initdb"), "-D", data_directory, "-U", superuser, "-A", "trust"]
-    argv += ["-E", encoding, f"--locale={locale}", "--no-sync", *(["--data-checksums"] if checksums else [])]
+    argv += ["-E", encoding, f"--locale={locale}", "--no-sync"]
+    if checksums:
+        argv.append("--data-checksums")
+    elif binaries.major >= 18:  # on by default since
+        argv.append("--no-data-checksums")
     finished = run_child(argv, timeout_s=120.0, cwd=data_directory, user=user.child_user, group=user.child_group)
     if finished.status != 0:
         raise PreconditionError(

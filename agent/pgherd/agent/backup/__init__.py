@@ -1,0 +1,1 @@
+"""Logical backups: take, verify, restore, retain. Short-lived children; works with the collector away."""
