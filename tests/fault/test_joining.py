@@ -116,7 +116,7 @@ def test_a_withdrawn_token_is_refused(herd: Herd, port: int, state: Path) -> Non
     token = herd.token(port)
     with herd.store.begin() as connection:
         withdraw_join_token(connection, token.id, now_unix_ns=herd.clock.wall_unix_ns(), actor="test", via="test")
-    assert _refused(state, token) == "join.token_expired"
+    assert _refused(state, token) == "join.token_invalid"
 
 
 @pytest.mark.parametrize("part", ["id", "secret"])

@@ -149,7 +149,7 @@ _code("enrol.too_large", Kind.PEER, "The body of a join or renewal is over its l
 _code("auth.required", Kind.DENIED, "The request needs a bearer token or the local socket.", http=401)
 _code("auth.invalid", Kind.DENIED, "The bearer token is unknown, expired or revoked.", http=401)
 _code("auth.local_user", Kind.DENIED, "This local user may not use the collector's socket.", http=403)
-_code("token.not_found", Kind.PRECONDITION, "No API token of that id exists.", http=404)
+_code("token.not_found", Kind.PRECONDITION, "No API token, or no unused join token, of that id exists.", http=404)
 _code("auth.scope", Kind.DENIED, "The token's scope doesn't cover this request.", http=403)
 
 # --- spool and shipping -------------------------------------------------------------------------

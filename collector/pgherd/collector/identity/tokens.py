@@ -15,7 +15,7 @@ from sqlalchemy import Connection, insert, select, update
 
 from pgherd.collector.identity.audit import write_audit
 from pgherd.proto.enrolment import TOKEN_ID_BYTES, TOKEN_SECRET_BYTES, JoinToken, base32_text
-from pgherd.proto.errors import ConfigError, DeniedError
+from pgherd.proto.errors import ConfigError, DeniedError, PreconditionError
 from pgherd.storage.control.schema import join_tokens
 
 LABELS_MAX = 32
@@ -99,14 +99,14 @@ def list_join_tokens(connection: Connection, *, limit: int = 1000) -> list[dict[
 
 
 def withdraw_join_token(connection: Connection, token_id: str, *, now_unix_ns: int, actor: str, via: str) -> None:
-    """Make a token useless. Raises DeniedError join.token_invalid when no unused token has that id."""
+    """Make a token useless. Raises PreconditionError token.not_found when no unused token has that id."""
     done = connection.execute(
         update(join_tokens)
         .where(join_tokens.c.id == token_id, join_tokens.c.uses_left > 0)
         .values(uses_left=0, expires_unix_ns=now_unix_ns)
     )
     if done.rowcount != 1:
-        raise DeniedError("join.token_invalid", "no unused join token has that id", token_id=token_id)
+        raise PreconditionError("token.not_found", "no unused join token has that id", token_id=token_id)
     write_audit(connection, unix_ns=now_unix_ns, actor=actor, via=via, action="join_token.withdrawn", subject=token_id)
 
 
@@ -127,6 +127,8 @@ def consume_join_token(connection: Connection, token_id: str, secret: str, *, no
             hint="if that wasn't you, revoke that agent",
             agent=row["used_by_agent_id"],
         )
+    if row["uses_left"] < 1:
+        raise DeniedError("join.token_invalid", "the join token was withdrawn", hint="make a new one: `pgherd agents add`")
     if now_unix_ns >= row["expires_unix_ns"]:
         raise DeniedError("join.token_expired", "the join token has expired", hint="make a new one: `pgherd agents add`")
     taken = connection.execute(
