@@ -299,10 +299,49 @@ def test_a_failing_store_is_unavailable() -> None:
             assert "checksum" in document["error"]
 
 
-_WORDS = (
-    'up x_total { } ( ) [ 5m ] rate sum by + - == bool 1 1e19 "a" ` " \\ offset @ on instance =~ , # é \U0001f418 \x00 '
-    ": abs scalar vector unless ^ % absent time()"
-).split(" ")
+_WORDS = [
+    "up",
+    "x_total",
+    "{",
+    "}",
+    "(",
+    ")",
+    "[",
+    "5m",
+    "]",
+    "rate",
+    "sum",
+    "by",
+    "+",
+    "-",
+    "==",
+    "bool",
+    "1",
+    "1e19",
+    '"a"',
+    "`",
+    '"',
+    "\\",
+    "offset",
+    "@",
+    "on",
+    "instance",
+    "=~",
+    ",",
+    "#",
+    "é",
+    "🐘",
+    "\x00",
+    ":",
+    "abs",
+    "scalar",
+    "vector",
+    "unless",
+    "^",
+    "%",
+    "absent",
+    "time()",
+]
 
 
 @given(
