@@ -14,6 +14,8 @@ from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import numpy as np
 
 from pgherd.proto.errors import TransientError
@@ -21,6 +23,7 @@ from pgherd.runtime.clock import SystemClock
 from pgherd.storage.series.batch import Batch, Receipt, Shipment, layout_of
 from pgherd.storage.series.store import SeriesSettings, SeriesStore
 from pgherd.storage.series.writer import WriterSettings
+from support.waiting import wait_until
 
 SERIES = 20
 LAYOUT = layout_of({"__name__": "m", "i": str(i)} for i in range(SERIES))
@@ -53,6 +56,14 @@ def run_until_killed(store: SeriesStore, sequence: int) -> None:
         sequence += 1
 
 
+def read(store: SeriesStore) -> int:
+    """How many series can be read; 0 in the moment in which a failed checkpoint closes the database."""
+    try:
+        return len(store.select([], 0, 1 << 40))
+    except TransientError:
+        return 0
+
+
 def fill_the_disk(store: SeriesStore, directory: Path) -> None:
     """A file-size limit stands in for the full disk: it needs no root, and write() fails in the middle just the same."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -73,7 +84,7 @@ def fill_the_disk(store: SeriesStore, directory: Path) -> None:
             sequence += 1
         except TransientError as error:
             refused.append(error.code)
-    say(series_read_while_full=len(store.select([], 0, 1 << 40)))
+    say(series_read_while_full=wait_until(lambda: read(store), 20, "a read while the disk is full"))
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     for _ in range(5):  # the same sequence again, as a sender would
         store.append(batch(sequence)).result(20)

@@ -7,6 +7,7 @@ nothing: every sender keeps its batch and sends it again, and the high-water mar
 
 from __future__ import annotations
 
+import shutil
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from pgherd.storage.series.database import Database, first_line, unavailable
 from pgherd.storage.series.expiry import Expiry
 from pgherd.storage.series.plan import CommitPlan, plan_commit
 from pgherd.storage.series.queue import CommitQueue, Waiting
+
+_CHECKPOINT_MARGIN_BYTES = 4 * 1024 * 1024
 
 log = get_logger(__name__)
 
@@ -145,9 +148,9 @@ class Writer:
                 self._write(plan)
         except (duckdb.Error, PgherdError) as error:
             self.counters.commits_failed += 1
-            self._broken = self._broken or not _is_clean_failure(error)
             log.warning("series.commit_failed", batches=len(group), reason=first_line(error))
             _fail(group, error)
+            self._recover_from(error)
             return
         self.catalog.apply(plan)
         self._count(plan, self._clock.mono_s() - started)
@@ -221,6 +224,22 @@ class Writer:
         self.counters.reopened += 1
         log.warning("series.reopened", store=str(self._database.path))
 
+    def _recover_from(self, error: Exception) -> None:
+        """At once, because an invalidated database serves no reader either; if that fails, with the next write or chore."""
+        if _is_clean_failure(error):
+            return
+        was_broken, self._broken = self._broken, True
+        if was_broken:
+            return
+        try:
+            self._recover()
+        except (duckdb.Error, PgherdError) as again:
+            log.warning("series.reopen_failed", reason=first_line(again))
+
+    def _has_room(self) -> bool:
+        """A checkpoint that fails costs a reopening: don't begin one that can't end."""
+        return shutil.disk_usage(self._database.path.parent).free > 2 * self._database.wal_bytes + _CHECKPOINT_MARGIN_BYTES
+
     def _chores(self) -> None:
         now = self._clock.mono_s()
         if now >= self._next_expiry_mono_s or self._expiry.is_underway:
@@ -235,20 +254,24 @@ class Writer:
             self._recover()
             points, series = self._expiry.step(self._database.connection, self.catalog, self._clock.wall_unix_ns() // 1_000_000)
         except (duckdb.Error, PgherdError) as error:
-            self._broken = self._broken or not _is_clean_failure(error)
             log.warning("series.expiry_failed", reason=first_line(error))
+            self._recover_from(error)
             return
         self.counters.points_expired += points
         self.counters.series_expired += series
 
     def _checkpoint(self) -> None:
+        if not self._has_room():
+            self.counters.checkpoints_failed += 1
+            log.warning("series.checkpoint_skipped", wal_bytes=self._database.wal_bytes, reason="the disk has no room for it")
+            return
         try:
             self._recover()
             self._database.checkpoint()
         except (duckdb.Error, PgherdError) as error:
             self.counters.checkpoints_failed += 1
-            self._broken = self._broken or not _is_clean_failure(error)
             log.warning("series.checkpoint_failed", reason=first_line(error))
+            self._recover_from(error)
             return
         self.counters.checkpoints += 1
 
