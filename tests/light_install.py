@@ -62,7 +62,7 @@ def main() -> int:
         failures.append(f"the base install pulls in {', '.join(sorted(heavy))}")
     if "grpcio" not in base_closure():
         failures.append("the base install's closure is empty: is pgherd installed?")
-    probe = f"import sys, {RESIDENT}; print(' '.join(sys.modules))"
+    probe = f"import sys, {RESIDENT}; print(' '.join(name for name, module in sys.modules.items() if module))"
     loaded = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True).stdout.split()
     guests = sorted(
         module

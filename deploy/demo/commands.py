@@ -31,7 +31,9 @@ def call(argv: Sequence[str | Path], *, stdin: str | None = None, timeout_s: flo
         line, check=False, input=stdin, capture_output=True, text=True, timeout=timeout_s, start_new_session=True
     )
     if finished.returncode != 0:
-        raise CommandError(f"{' '.join(map(str, argv))} exited with {finished.returncode}: {finished.stderr.strip()[-1500:]}")
+        raise CommandError(
+            f"{' '.join(map(str, argv))} exited with {finished.returncode}: {(finished.stderr or finished.stdout).strip()[-1500:]}"
+        )
     return json.loads(finished.stdout) if finished.stdout.strip() else None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import signal
 import sys
 import tempfile
@@ -40,6 +41,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--for", dest="for_s", type=parse_duration_s, metavar="60s", help="end by itself, after the story and this time"
     )
+    parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="keep a picture of the view as it is at the end")
     parser.add_argument("--json", action="store_true", help="run unattended and print one JSON summary")
     return parser.parse_args()
 
@@ -80,6 +82,13 @@ def unattended(story: Story, until_mono_s: float, console: Console) -> None:
         time.sleep(0.2)
 
 
+def keep_picture(running: Herd, story: Story, file: Path) -> None:
+    """The view as SVG, for the README."""
+    recorder = Console(record=True, width=110, file=io.StringIO())
+    recorder.print(picture(running, story))
+    file.write_text(recorder.export_svg(title="make demo"), encoding="utf-8")
+
+
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     """The whole demo; returns its summary and whether everything happened."""
     started_mono_s = time.monotonic()
@@ -101,6 +110,8 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
                     with contextlib.suppress(KeyboardInterrupt):
                         show(running, story, until_mono_s, console)
             processes = [service.figures() for service in running.services]
+            if options.picture:
+                keep_picture(running, story, options.picture)
         if not story.ok:
             for service in running.services:
                 console.print(f"--- {service.name}\n{service.tail()}", highlight=False, markup=False)

@@ -125,3 +125,7 @@ def main() -> None:
     """Entry point of the `pgherd-agent` command."""
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # before grpc is imported: we start children
     agent()
+
+
+if __name__ == "__main__":
+    main()

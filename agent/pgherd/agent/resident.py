@@ -7,7 +7,7 @@ spool know how to go on.
 
 from __future__ import annotations
 
-import pgherd.agent.lean  # isort: skip  # before anything else is imported
+import pgherd.agent.lean  # noqa: F401  # isort: skip  # works by being imported first
 
 import asyncio
 import os

@@ -78,3 +78,7 @@ def pgherd(ctx: click.Context, url: str | None, socket: Path | None, token_file:
 def main() -> None:
     """Entry point of the `pgherd` command."""
     pgherd()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The demo as a newcomer runs it: every step of its JSON true, and nothing left whatever ends it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from support.waiting import wait_until
+
+pytestmark = [pytest.mark.pg, pytest.mark.slow]
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = [sys.executable, str(ROOT / "deploy" / "demo" / "demo.py")]
+STEPS = [
+    "replication streams",
+    "collector runs",
+    "agents joined with tokens over mTLS",
+    "samples are ingested",
+    "series are there",
+    "a range query answers",
+    "an alert fires",
+    "the alert resolves",
+    "a backup is commanded and taken",
+    "the backup is verified",
+    "it is restored and its content is equal",
+    "the backup is listed with its grade",
+    "the collector is killed with -9 and comes back",
+    "samples counted = samples stored",
+    "nothing is left running or behind",
+]
+
+
+def demo_processes() -> set[int]:
+    """Processes of any demo's workspace."""
+    return {
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if any("/pgherd-demo/" in part for part in process.info["cmdline"] or [])
+    }
+
+
+@pytest.mark.timeout(300)
+def test_the_story_is_all_true() -> None:
+    finished = subprocess.run([*DEMO, "--for", "1s", "--json"], capture_output=True, text=True, timeout=280)
+    summary: dict[str, Any] = json.loads(finished.stdout)
+    failed = [step for step in summary["steps"] if not step["ok"]]
+    assert not failed, f"{failed}\n{finished.stderr[-5000:]}"
+    assert finished.returncode == 0
+    assert summary["ok"] is True
+    assert [step["name"] for step in summary["steps"]] == STEPS
+    figures = {step["name"]: step["figures"] for step in summary["steps"]}
+    books = figures["samples counted = samples stored"]
+    assert set(books) == {"primary", "standby"}
+    assert all(book["sampled"] == book["stored"] > 1000 for book in books.values())
+    assert figures["it is restored and its content is equal"]["rows_compared"] >= 500_000  # pgbench at scale 5
+    assert {process["name"] for process in summary["processes"]} == {"collector", "agent primary", "agent standby"}
+    assert all(process["peak_bytes_with_children"] > 0 for process in summary["processes"])
+
+
+@pytest.mark.timeout(120)
+def test_ctrl_c_leaves_nothing() -> None:
+    """SIGINT in the middle of the story, as a terminal sends it."""
+    before = demo_processes()
+    with subprocess.Popen([*DEMO, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as demo:
+        wait_until(lambda: len(demo_processes() - before) >= 5 or demo.poll() is not None, 60, "a running herd")
+        mine = demo_processes() - before
+        demo.send_signal(signal.SIGINT)
+        _, errors = demo.communicate(timeout=60)
+    assert demo.returncode == 130, errors
+    assert not {pid for pid in mine if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE}
