@@ -92,9 +92,16 @@ class Herd:
     def close(self) -> None:
         self.store.close()
 
-    def gate(self, *, blind_s: float = 5.0, cache_s: float = 1.0) -> PeerGate:
-        standings = StoredStandings(self.store)
-        return PeerGate(self.ca.certificate_pem, self.ca.trust_domain, standings, self.clock, blind_s=blind_s, cache_s=cache_s)
+    def gate(self, *, recheck_s: float = 1.0, blind_s: float = 5.0, cache_s: float = 1.0) -> PeerGate:
+        return PeerGate(
+            self.ca.certificate_pem,
+            self.ca.trust_domain,
+            StoredStandings(self.store),
+            self.clock,
+            recheck_s=recheck_s,
+            blind_s=blind_s,
+            cache_s=cache_s,
+        )
 
     def token(self, port: int, *, host: str = "localhost", lifetime_s: float = 900.0) -> JoinToken:
         with self.store.begin() as connection:

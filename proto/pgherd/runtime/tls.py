@@ -67,10 +67,9 @@ def spki_sha256(certificate: bytes | str) -> str:
     try:
         if len(certificate) > _PEM_BYTES_MAX:
             raise ValueError("too long")
-        text = certificate if isinstance(certificate, str) else None
-        if text is None and isinstance(certificate, bytes) and certificate.lstrip().startswith(b"-----BEGIN"):
-            text = certificate.decode("ascii")
-        der = ssl.PEM_cert_to_DER_cert(text.strip()) if text is not None else bytes(certificate)  # type: ignore[arg-type]
+        raw = certificate.encode("ascii") if isinstance(certificate, str) else certificate
+        is_pem = raw.lstrip().startswith(b"-----BEGIN")
+        der = ssl.PEM_cert_to_DER_cert(raw.decode("ascii").strip()) if is_pem else raw
         return hashlib.sha256(_subject_public_key_info(der)).hexdigest()
     except (ValueError, IndexError) as error:
         raise PeerError("peer.protocol", "this isn't an X.509 certificate") from error
