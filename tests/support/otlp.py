@@ -14,11 +14,11 @@ INCARNATION = "7d6d6a8e-1111-4222-8333-444455556666"
 Point = tuple[Mapping[str, str], float | int | None]
 
 
-def resource(request: Any, *, agent: str = AGENT, node: str = NODE, **more: str) -> Any:
+def resource(request: Any, *, agent: str = AGENT, node: str = NODE, instance: str = "db1:5432", **more: str) -> Any:
     """Append a ResourceMetrics as our agent writes it; keyword `service_name` etc. are attributes with dots."""
     made = request.resource_metrics.add()
     facts = {
-        "service.name": "pgherd", "service.instance.id": "db1:5432", "pgherd.agent.id": agent,
+        "service.name": "pgherd", "service.instance.id": instance, "pgherd.agent.id": agent,
         "pgherd.node.id": node, "pgherd.node": "db1", "pgherd.cluster": "shop",
     }  # fmt: skip
     facts |= {key.replace("_", "."): value for key, value in more.items()}
@@ -58,9 +58,10 @@ def metric(
     return added
 
 
-def simple(values: Sequence[float], time_ns: int, *, agent: str = AGENT, node: str = NODE, name: str = "pg_stat_x") -> bytes:
+def simple(values: Sequence[float], time_ns: int, *, agent: str = AGENT, node: str = NODE, instance: str = "db1:5432") -> bytes:
     """One gauge with one series per value."""
     request = ExportMetricsServiceRequest()
-    metric(resource(request, agent=agent, node=node), name, [({"i": str(i)}, v) for i, v in enumerate(values)], time_ns=time_ns)
+    made = resource(request, agent=agent, node=node, instance=instance)
+    metric(made, "pg_stat_x", [({"i": str(i)}, value) for i, value in enumerate(values)], time_ns=time_ns)
     body: bytes = request.SerializeToString()
     return body
