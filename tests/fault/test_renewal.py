@@ -17,11 +17,12 @@ from sqlalchemy import select
 
 from pgherd.agent.identity.files import Identity, NewIdentity, load_identity, write_identity
 from pgherd.agent.identity.join import join_herd
-from pgherd.agent.identity.keys import new_key, sign_renewal
+from pgherd.agent.identity.keys import sign_renewal
 from pgherd.agent.identity.renew import renew_identity
 from pgherd.collector.identity.peer import PeerKind, Standing
 from pgherd.collector.identity.registry import StoredStandings, revoke_agent
 from pgherd.proto.errors import PgherdError
+from pgherd.runtime.keys import new_key
 from pgherd.storage.control.schema import audit, certificates
 from support.identity import DAY_S, Herd, ShiftedClock
 

@@ -19,7 +19,6 @@ import uvicorn
 from fastapi import Depends, FastAPI
 from sqlalchemy import select, update
 
-from pgherd.agent.identity.keys import new_key
 from pgherd.collector.api.auth import Actor, Authenticator, require
 from pgherd.collector.api.identity import identity_router
 from pgherd.collector.api.problems import install_problem_handler
@@ -28,6 +27,7 @@ from pgherd.collector.api.socketpeer import PeerCredentialProtocol
 from pgherd.collector.identity.apitokens import Scope, create_api_token, list_api_tokens
 from pgherd.collector.identity.peer import PeerKind, read_peer
 from pgherd.proto.enrolment import JoinToken
+from pgherd.runtime.keys import new_key
 from pgherd.storage.control.schema import api_tokens, audit
 from support.identity import Herd, served
 

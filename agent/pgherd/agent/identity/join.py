@@ -12,10 +12,11 @@ from pathlib import Path
 
 from pgherd.agent.identity.client import fetch_pinned_ca, int_member, post, text_member
 from pgherd.agent.identity.files import Identity, NewIdentity, identity_lock, load_identity, write_identity
-from pgherd.agent.identity.keys import KeyAndRequest, check_certificate, new_key
+from pgherd.agent.identity.keys import check_certificate
 from pgherd.proto.enrolment import JOIN_PATH, JoinToken, join_address
 from pgherd.proto.errors import IntegrityError, PreconditionError
 from pgherd.runtime.durable import private_directory
+from pgherd.runtime.keys import KeyAndRequest, new_key
 
 
 def join_herd(state_directory: Path, token: JoinToken, *, force: bool = False) -> Identity:

@@ -11,11 +11,12 @@ from pathlib import Path
 from pgherd.agent.identity.client import post
 from pgherd.agent.identity.files import Identity, identity_lock, require_identity, write_identity
 from pgherd.agent.identity.join import accepted
-from pgherd.agent.identity.keys import new_key, sign_renewal
+from pgherd.agent.identity.keys import sign_renewal
 from pgherd.agent.identity.schedule import renewal_due_unix_ns
 from pgherd.proto.clock import Clock
 from pgherd.proto.enrolment import RENEW_PATH, split_address
 from pgherd.proto.errors import PeerError
+from pgherd.runtime.keys import new_key
 
 
 def renew_identity(state_directory: Path, clock: Clock, *, force: bool = False) -> Identity | None:
