@@ -1,7 +1,7 @@
 """The real evaluator and outbox as a process to be killed: argv = directory, webhook URL.
 
 `truth.json` in the directory lists the instances for which the rule's expression holds; each evaluation adds a
-byte to `evaluations`.
+byte to `evaluations`, and the first that sees an instance leaves its time (ms) in `seen-<instance>`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pgherd.alerts.notify import WebhookReceiver
 from pgherd.collector.alerting.evaluation import Evaluator
 from pgherd.collector.alerting.outbox import OutboxSettings, OutboxWorker
 from pgherd.runtime.clock import SystemClock
+from pgherd.runtime.durable import publish
 from pgherd.runtime.logging import configure
 from pgherd.storage.control.store import ControlStore
 from support.alerts import group, no_facts, rule
@@ -28,9 +29,12 @@ async def main(directory: Path, url: str) -> None:
     store = ControlStore.open(directory / "control.sqlite")
     counter = open(directory / "evaluations", "ab", buffering=0)  # noqa: SIM115, ASYNC230 - lives as long as we do
 
-    def query(_expr: str, _at_ms: int) -> list[tuple[dict[str, str], float]]:
+    def query(_expr: str, at_ms: int) -> list[tuple[dict[str, str], float]]:
         names = json.loads((directory / "truth.json").read_text())
         counter.write(b".")
+        for name in names:
+            if not (directory / f"seen-{name}").exists():
+                publish(directory / f"seen-{name}", str(at_ms).encode())
         return [({"instance": name}, 1.0) for name in names]
 
     worker = OutboxWorker(

@@ -22,6 +22,10 @@ class Call:
         """ "firing High"."""
         return f"{self.payload['status']} {self.payload['groupLabels']['alertname']}"
 
+    @property
+    def instance(self) -> str:
+        return str(self.payload["commonLabels"]["instance"])
+
 
 class Webhook:
     """`answer` chooses the status of each POST; calls arrive in `calls`."""
