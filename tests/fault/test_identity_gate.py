@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -394,6 +395,33 @@ def test_a_caller_that_hangs_up_leaves_the_registry_and_isn_t_called_revoked(her
             call.cancel()
             await _until(lambda: gate.live_calls == 0)
             assert servicer.ended == [str(KINDS[-1])]
+
+    _run(test)
+
+
+def test_a_servicer_that_takes_its_cancellation_for_a_normal_end_still_ends_refused(herd: Herd) -> None:
+    member, gate = herd.member(), herd.gate()
+
+    async def polite(request: Any, context: Any) -> None:
+        await context.write(control_pb2.CollectorMessage())
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+
+    async def test() -> None:
+        server = grpc.aio.server(interceptors=[PeerInterceptor(gate, OPEN_TO)])
+        serializer = control_pb2.CollectorMessage.SerializeToString
+        handler: Any = grpc.unary_stream_rpc_method_handler(polite, None, serializer)
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Kinds", {"InFalseOutTrue": handler}),))
+        port = server.add_secure_port("localhost:0", herd.certificate.grpc_credentials())
+        await server.start()
+        try:
+            async with herd.channel(member, port) as channel:
+                call = _open(channel, KINDS[1])
+                await _admitted(call, KINDS[1])
+                assert gate.cut([member.id]) == 1
+                assert (await _status(call))[0] == "UNAUTHENTICATED"
+        finally:
+            await server.stop(None)
 
     _run(test)
 

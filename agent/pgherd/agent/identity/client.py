@@ -1,4 +1,4 @@
-"""HTTPS to the enrolment port: bounded answers, one deadline, and each way it can fail named."""
+"""HTTPS to the enrolment port: answers and waits bounded, and each way it can fail named."""
 
 from __future__ import annotations
 

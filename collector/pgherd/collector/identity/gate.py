@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, cast
 
@@ -70,6 +71,8 @@ class PeerGate:
     _live: set[_LiveCall] = field(default_factory=set)
     _seen: dict[str, _Seen] = field(default_factory=dict)
     _watch: asyncio.Task[None] | None = None
+    # Threads of its own: a writer that waits for the disk in the shared pool must not hold the gate shut.
+    _threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2, "identity"))
 
     @property
     def live_calls(self) -> int:
@@ -130,7 +133,7 @@ class PeerGate:
     async def _ask(self, serials: list[str]) -> Mapping[str, Standing]:
         try:
             async with asyncio.timeout(_STORE_TIMEOUT_S):
-                return await asyncio.to_thread(self.source.standings, serials)
+                return await asyncio.get_running_loop().run_in_executor(self._threads, self.source.standings, serials)
         except TimeoutError as error:
             raise TransientError("store.unavailable", "the control store doesn't answer", timeout_s=_STORE_TIMEOUT_S) from error
 
@@ -138,6 +141,7 @@ class PeerGate:
         """Re-judge all live calls until none is left; the next call starts a new watch."""
         answered_mono_s = self.clock.mono_s()
         while self._live:
+            await asyncio.sleep(self.recheck_s)  # first: who was admitted just now needs no second look
             calls = list(self._live)
             try:
                 standings = await self._ask(sorted({call.peer.serial for call in calls}))
@@ -154,7 +158,6 @@ class PeerGate:
                     verdict = judge(call.peer, standings.get(call.peer.serial), now_unix_ns)
                     if verdict is not None:
                         _end(call, verdict)
-            await asyncio.sleep(self.recheck_s)
 
 
 def _end(call: _LiveCall, error: PgherdError) -> None:
@@ -230,12 +233,14 @@ class PeerInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             await refuse(context, error)
         with self._gate.watched(peer) as call, acting_as(peer):
             try:
-                return await body()
+                answer = await body()
             except asyncio.CancelledError:
                 if call.verdict is None:
                     raise  # the caller hung up or the server stops
                 call.task.uncancel()
+            if call.verdict is not None:  # also when the servicer took its cancellation for a normal end
                 await refuse(context, call.verdict)
+            return answer
 
 
 async def refuse(context: Any, error: PgherdError) -> NoReturn:
