@@ -150,6 +150,7 @@ def test_a_servicer_without_the_gate_gets_no_peer() -> None:
         "spiffe://herd/agent/11111111-1111-4111-8111-11111111111A",
         "spiffe://herd/collector/11111111-1111-4111-8111-111111111111",
         "spiffe://herdx/agent/11111111-1111-4111-8111-111111111111",
+        "agent/11111111-1111-4111-8111-111111111111",
         "https://herd/agent/11111111-1111-4111-8111-111111111111",
         "",
     ],
