@@ -2,8 +2,8 @@
 
 The package parses and type-checks; this adapter maps its tree, refuses what the engine doesn't evaluate by
 name (`promql.unsupported`) and keeps hostile text away from it. Three of its faults are worked round here, each
-seen with 0.12.0: nesting or operator chains of some thousands overflow its stack and kill the process; a number of
-1e20 between brackets panics; escapes inside backquotes are interpreted, though raw strings have none.
+seen with 0.12.0: nesting or operator chains of some thousands overflow its stack and kill the process; a duration of
+1e20 seconds panics; escapes inside backquotes are interpreted, though raw strings have none.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from pgherd.proto.selectors import NAME_LABEL, Matcher, MatchOp
 TEXT_CHARACTERS_MAX = 64 * 1024
 # The parser's stack takes 2000 levels of every kind within a thread's 8 MiB (5000 kill it).
 OPERATORS_MAX = 500
-BRACKET_SECONDS_MAX = 1e11
+DURATION_SECONDS_MAX = 1e11
 
 _TOKEN = re.compile(
     r"""(?P<raw>`[^`]*`)
       | (?P<string>"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*')
       | (?P<comment>\#[^\n]*)
-      | (?P<number>(?<![\w.:])(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?(?![\w.]))
+      | (?P<number>(?<![\w.])(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?(?![\w.]))
       | (?P<word>[A-Za-z_:][\w:]*)
       | (?P<operator>[-+*/%^<>(]|==|!=)
-      | (?P<bracket>[\[\]])""",
+      | (?P<bracket>\[[^\]]*)""",
     re.VERBOSE | re.DOTALL,
 )
 _WORD_OPERATORS = frozenset(("and", "or", "unless", "atan2"))
@@ -74,6 +74,8 @@ def parse(text: str) -> Expr:
         return _expr(_foreign(text))
     except RecursionError:
         raise _parse_error("the expression is nested too deeply") from None
+    except (ValueError, OverflowError) as error:  # reading a duration that Python can't hold
+        raise _parse_error(str(error)) from None
 
 
 def parse_selector(text: str) -> tuple[Matcher, ...]:
@@ -104,11 +106,15 @@ def _prepare(text: str) -> str:
     if len(text) > TEXT_CHARACTERS_MAX:
         raise _parse_error(f"the expression is longer than {TEXT_CHARACTERS_MAX} characters")
     operators = 0
-    depth = 0
+    duration_follows = False
     pieces: list[str] = []
     done = 0
     for token in _TOKEN.finditer(text):
         found = token.group()
+        if duration_follows:
+            _refuse_endless(found)
+        if token.lastgroup != "comment":
+            duration_follows = found.lower() == "offset" or (duration_follows and found in "+-")
         match token.lastgroup:
             case "raw":
                 pieces += [text[done : token.start()], _quoted(found[1:-1])]
@@ -118,12 +124,22 @@ def _prepare(text: str) -> str:
             case "word" if found.lower() in _WORD_OPERATORS:
                 operators += 1
             case "bracket":
-                depth += 1 if found == "[" else -1
-            case "number" if depth > 0 and float(found) > BRACKET_SECONDS_MAX:
-                raise _parse_error(f"duration out of range: {found[:32]}")
+                operators += 1  # a subquery of a subquery nests without parentheses
+                for part in found[1:].split(":"):
+                    _refuse_endless(part)
     if operators > OPERATORS_MAX:
         raise _parse_error(f"the expression has more than {OPERATORS_MAX} operators, calls and parentheses")
     return "".join((*pieces, text[done:]))
+
+
+def _refuse_endless(duration: str) -> None:
+    """Refuse a number that the package can't make a duration of; also "Inf" and "NaN"."""
+    try:
+        seconds = float(duration)
+    except ValueError:
+        return
+    if not seconds <= DURATION_SECONDS_MAX:
+        raise _parse_error(f"duration out of range: {duration[:32]}")
 
 
 def _quoted(raw: str) -> str:
