@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import signal
 import uuid
+import zlib
 from pathlib import Path
 
 import pytest
 
 from pgherd.agent.command.journal import PROGRESS_BLOCK, Journal, Retention
 from pgherd.proto.commands import BackupRun, Offer, Ping, Restore, Verb
-from pgherd.proto.errors import DeniedError, IntegrityError, PreconditionError
+from pgherd.proto.errors import DeniedError, IntegrityError, PreconditionError, TransientError
 from support.control import ManualClock
 
 NODE = "5f0c1df0-3b0e-4f42-8d9b-0f8b1a4a7c11"
@@ -128,8 +131,6 @@ def test_a_newer_format_is_refused_by_name_and_left_alone(tmp_path: Path) -> Non
 
 
 def newer_first_line(content: bytes) -> bytes:
-    import zlib
-
     first, _, rest = content.partition(b"\n")
     record = json.loads(first)["record"] | {"version": 2}
     text = json.dumps(record, separators=(",", ":")).encode()
@@ -167,6 +168,21 @@ def test_only_what_the_collector_has_is_pruned_the_oldest_first(tmp_path: Path) 
     assert sorted(child.name for child in (tmp_path / "c").iterdir() if child.is_dir()) == [given[3].command_id]
 
 
+def test_the_schedule_of_an_agent_without_collector_never_fills_the_journal(tmp_path: Path) -> None:
+    clock = ManualClock()
+    journal = Journal.open(tmp_path / "c", clock, Retention(finished_max=3))
+    asked = offer()
+    journal.append(journal.begin(asked, "accepted"), "succeeded", {"agent_unix_ns": 1})
+    for _ in range(10):
+        clock.advance(3600)
+        own = offer()
+        entry = journal.begin(own, "accepted", {"issued_here": own.to_json()})
+        journal.append(entry, "succeeded", {"agent_unix_ns": 1})
+    kept = [entry.offer.command_id for entry in journal.entries()]
+    assert len(kept) == 4
+    assert {asked.command_id, own.command_id} <= set(kept), "what the collector asked for waits for it"
+
+
 def test_what_the_wire_cannot_carry_is_not_journalled(tmp_path: Path) -> None:
     journal = Journal.open(tmp_path / "c", ManualClock())
     entry = journal.begin(offer(BackupRun()), "accepted")
@@ -175,3 +191,29 @@ def test_what_the_wire_cannot_carry_is_not_journalled(tmp_path: Path) -> None:
         journal.append(entry, "succeeded", {"nonsense": 1})
     assert entry.size_bytes == size_bytes
     assert entry.outcome is None
+
+
+@pytest.mark.fault
+def test_a_line_that_a_full_disk_cut_leaves_no_trace(tmp_path: Path) -> None:
+    """RLIMIT_FSIZE makes the kernel refuse bytes past the limit, as a full disk does."""
+    clock = ManualClock()
+    journal = Journal.open(tmp_path / "c", clock)
+    entry = journal.begin(offer(BackupRun()), "accepted")
+    file = entry.directory / "journal.jsonl"
+    before = file.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, limits[1]))
+    try:
+        with pytest.raises(TransientError) as caught:
+            journal.append(entry, "failed", DENIED)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert caught.value.code == "disk.full"
+    assert file.read_bytes() == before
+    assert entry.outcome is None
+    journal.append(entry, "failed", DENIED)
+    again = reopened(journal, tmp_path / "c", clock).entry(entry.offer.command_id)
+    assert again is not None
+    assert [event.kind for event in again.events] == ["accepted", "failed"]

@@ -10,9 +10,10 @@ too. What a restart finds is judged by recovery.py.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,8 +52,8 @@ class ChildArgv(Protocol):
 class ExecutorSettings:
     """Bounds of execution."""
 
-    waiting_per_node_max: int = 8  # accepted but not running; one more offer is rejected
-    concurrent_max: int = 4  # children at a time
+    waiting_max: int = 8  # accepted but not running, per lane; one more offer is rejected
+    concurrent_max: int = 4  # exclusive commands at a time over all nodes, and as many others
     run_timeout_s: float = 4 * 3600.0  # children have tighter deadlines of their own
     poll_interval_s: float = 0.2
     progress_interval_s: float = 1.0
@@ -98,7 +99,7 @@ class Executor:
         self._clock = clock
         self._settings = settings
         self._lanes: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._slots = asyncio.Semaphore(settings.concurrent_max)
+        self._slots = {exclusive: asyncio.Semaphore(settings.concurrent_max) for exclusive in (True, False)}
         self._waiting: Counter[str] = Counter()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._admitting = asyncio.Lock()
@@ -203,10 +204,10 @@ class Executor:
         return self._full(offer)
 
     def _full(self, offer: Offer) -> PgherdError | None:
-        if self._waiting[offer.node_id] < self._settings.waiting_per_node_max:
+        waiting = self._waiting[_lane(offer)]
+        if waiting < self._settings.waiting_max:
             return None
-        waiting = self._waiting[offer.node_id]
-        return PreconditionError("command.conflict", f"{waiting} commands wait for this node already", hint="issue it later")
+        return PreconditionError("command.conflict", f"{waiting} commands wait before this one already", hint="issue it later")
 
     async def _accept(self, offer: Offer, body: Mapping[str, Any]) -> None:
         entry = await asyncio.to_thread(self._journal.begin, offer, "accepted", body)
@@ -217,32 +218,30 @@ class Executor:
 
     def _begin(self, entry: Entry, way: Resume) -> None:
         command_id = entry.offer.command_id
-        self._waiting[entry.offer.node_id] += 1
+        self._waiting[_lane(entry.offer)] += 1
         task = asyncio.create_task(self._follow(entry, way), name=f"command-{command_id}")
         self._tasks[command_id] = task
         task.add_done_callback(lambda _: self._tasks.pop(command_id, None))
 
     async def _follow(self, entry: Entry, way: Resume) -> None:
         """One command from its lane to its outcome."""
-        left = [entry.offer.node_id]
+        exclusive = is_exclusive(entry.offer.verb)
+        waiting = True
 
         def leave_queue() -> None:
-            while left:
-                self._waiting[left.pop()] -= 1
+            nonlocal waiting
+            if waiting:
+                waiting = False
+                self._waiting[_lane(entry.offer)] -= 1
 
         try:
-            if way is Resume.RUN and is_exclusive(entry.offer.verb):
-                async with self._lanes[entry.offer.node_id], self._slots:
-                    leave_queue()
-                    await self._go(entry, way)
-            elif way is Resume.ADOPT and is_exclusive(entry.offer.verb):
-                async with self._lanes[entry.offer.node_id]:
-                    leave_queue()
-                    await self._go(entry, way)
-            else:
-                async with self._slots:
-                    leave_queue()
-                    await self._go(entry, way)
+            async with contextlib.AsyncExitStack() as held:
+                if exclusive:
+                    await held.enter_async_context(self._lanes[entry.offer.node_id])
+                if way is not Resume.ADOPT:  # an adopted child runs already
+                    await held.enter_async_context(self._slots[exclusive])
+                leave_queue()
+                await self._go(entry, way)
         finally:
             leave_queue()
 
@@ -349,6 +348,11 @@ class Executor:
                 "invariant.broken", f"the child's {kind} has a shape that can't be reported: {error!r}"[:500]
             )
             return self._journal.append(entry, "failed", broken.as_dict())
+
+
+def _lane(offer: Offer) -> str:
+    """Where a command waits: the exclusive ones for their node, all others together."""
+    return offer.node_id if is_exclusive(offer.verb) else ""
 
 
 def _way_on(entry: Entry) -> Resume:

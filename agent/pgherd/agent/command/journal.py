@@ -71,6 +71,11 @@ class Entry:
         return self.outcome is not None and all(event.sequence in self.acknowledged for event in self.events)
 
     @property
+    def issued_here(self) -> bool:
+        """Whether the agent issued it to itself."""
+        return bool(self.events) and "issued_here" in self.events[0].body
+
+    @property
     def result_file(self) -> Path:
         return self.directory / "result.json"
 
@@ -177,6 +182,8 @@ class Journal:
             event = self._event(entry, kind, body)
             self._write(entry, [_event_record(event)])
             self._take(entry, event)
+            if event.final and entry.issued_here:
+                self.prune()
             return event
 
     def note_starting(self, entry: Entry) -> None:
@@ -211,16 +218,17 @@ class Journal:
             return entry.next_sequence - 1
 
     def prune(self) -> int:
-        """Remove what is settled and old or too much; returns how many commands."""
+        """Remove what is settled and old or too much; returns how many commands.
+
+        Of the finished commands that the agent issued to itself only the newest are kept even when no
+        collector has acknowledged them: the schedule goes on without a collector, for years.
+        """
         with self._lock:
-            settled = [entry for entry in self.entries() if entry.settled]
-            newest_first = sorted(settled, key=lambda entry: entry.events[-1].unix_ns, reverse=True)
+            settled = [entry for entry in self._entries.values() if entry.settled]
+            own = [entry for entry in self._entries.values() if entry.outcome and entry.issued_here and not entry.settled]
             oldest_unix_ns = self._clock.wall_unix_ns() - round(self._retention.age_max_s * 1e9)
-            gone = [
-                entry
-                for index, entry in enumerate(newest_first)
-                if index >= self._retention.finished_max or entry.events[-1].unix_ns < oldest_unix_ns
-            ]
+            gone = _beyond(settled, self._retention.finished_max, oldest_unix_ns)
+            gone += _beyond(own, self._retention.finished_max, None)
             for entry in gone:
                 aside = entry.directory.with_name(f"{_REMOVED_PREFIX}{entry.directory.name}")
                 with contextlib.suppress(FileNotFoundError):
@@ -286,6 +294,16 @@ class Journal:
             self._write(entry, [{"type": "reserved", "upto": upto}])
             entry.reserved_upto = upto
         self._entries[entry.offer.command_id] = entry
+
+
+def _beyond(entries: Sequence[Entry], count_max: int, oldest_unix_ns: int | None) -> list[Entry]:
+    """Those of `entries` that aren't among the newest `count_max`, or ended before `oldest_unix_ns`."""
+    newest_first = sorted(entries, key=lambda entry: entry.events[-1].unix_ns, reverse=True)
+    return [
+        entry
+        for index, entry in enumerate(newest_first)
+        if index >= count_max or (oldest_unix_ns is not None and entry.events[-1].unix_ns < oldest_unix_ns)
+    ]
 
 
 def _event_record(event: Event) -> dict[str, Any]:
