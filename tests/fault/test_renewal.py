@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import grpc
+import grpc.aio
 import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -19,14 +23,18 @@ from pgherd.agent.identity.files import Identity, NewIdentity, load_identity, wr
 from pgherd.agent.identity.join import join_herd
 from pgherd.agent.identity.keys import sign_renewal
 from pgherd.agent.identity.renew import renew_identity
-from pgherd.collector.identity.peer import PeerKind, Standing
+from pgherd.collector.identity.gate import PeerInterceptor
+from pgherd.collector.identity.peer import Peer, PeerKind, Standing, current_peer
 from pgherd.collector.identity.registry import StoredStandings, revoke_agent
 from pgherd.proto.errors import PgherdError
 from pgherd.runtime.keys import new_key
+from pgherd.runtime.tls import channel_credentials
 from pgherd.storage.control.schema import audit, certificates
 from support.identity import DAY_S, Herd, ShiftedClock
 
 pytestmark = pytest.mark.fault
+
+_EXPORT = "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export"
 
 
 @pytest.fixture
@@ -72,6 +80,44 @@ def test_renewal_is_not_done_before_it_is_due_and_then_brings_a_new_key(herd: He
     assert not old.directory.exists(), "a superseded key is still a key"
     assert _standing(herd, old) is _standing(herd, new) is Standing.ACTIVE  # calls in flight go on
     assert renew_identity(state, herd.clock) is None
+
+
+def test_the_files_of_a_joined_and_of_a_renewed_agent_open_the_mtls_port(herd: Herd, port: int, state: Path) -> None:
+    seen: list[Peer] = []
+
+    async def export(_request: bytes, context: object) -> bytes:
+        seen.append(current_peer(context))
+        return b""
+
+    async def call(identity: Identity, grpc_port: int) -> None:
+        credentials = channel_credentials(
+            ca_file=identity.ca_file, key_file=identity.key_file, certificate_file=identity.certificate_file
+        )
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        async with grpc.aio.secure_channel(f"localhost:{grpc_port}", credentials, options=options) as channel:
+            await channel.unary_unary(_EXPORT, None, None)(b"", timeout=10)
+
+    async def test() -> None:
+        server = grpc.aio.server(interceptors=[PeerInterceptor(herd.gate())])
+        service, method = _EXPORT.strip("/").split("/")
+        handlers: dict[str, Any] = {method: grpc.unary_unary_rpc_method_handler(export)}
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
+        grpc_port = server.add_secure_port("localhost:0", herd.certificate.grpc_credentials())
+        await server.start()
+        try:
+            joined = await asyncio.to_thread(join_herd, state, herd.token(port))
+            await call(joined, grpc_port)
+            renewed = await asyncio.to_thread(renew_identity, state, herd.clock, force=True)
+            assert renewed is not None
+            await call(renewed, grpc_port)
+        finally:
+            await server.stop(None)
+        assert [(peer.id, peer.serial) for peer in seen] == [
+            (joined.agent_id, joined.serial),
+            (joined.agent_id, renewed.serial),
+        ]
+
+    asyncio.run(asyncio.wait_for(test(), 60))
 
 
 @pytest.mark.parametrize("days_after_expiry", [0.5, 13.9])
