@@ -26,6 +26,9 @@ class Turn:
     holds: frozenset[str]
     known: frozenset[str]
 
+    def knows(self, labels: Mapping[str, str]) -> bool:
+        return labels["instance"] in self.known
+
 
 _some = st.frozensets(st.sampled_from(_INSTANCES))
 _turns = st.lists(
@@ -57,7 +60,7 @@ def test_every_history_keeps_the_promises(turns: list[Turn], for_s: int, keep_s:
             elapsed_ns=None if turn.restarted else turn.elapsed_s * SECOND_NS,
         )
         result = [row(instance=name) for name in sorted(turn.holds)]
-        outcome = step(tested, instances, result, at, lambda labels, turn=turn: labels["instance"] in turn.known)
+        outcome = step(tested, instances, result, at, turn.knows)
 
         for name in _INSTANCES:
             # After a restart only the wall clock tells: it may be wrong by up to gap_max, never more.
@@ -83,7 +86,7 @@ def test_every_history_keeps_the_promises(turns: list[Turn], for_s: int, keep_s:
             outcome.instances,
             result,
             Moment(at.unix_ns, at.gap_max_ns, 0),
-            lambda labels, turn=turn: labels["instance"] in turn.known,
+            turn.knows,
         )
         assert again.instances == outcome.instances, "evaluating again at the same moment changes nothing"
         assert again.transitions == ()

@@ -22,7 +22,7 @@ from pgherd.proto.errors import ConfigError, PgherdError
 from pgherd.proto.selectors import NAME_LABEL
 
 # Parses an expression or raises a PgherdError: the evaluator's own parser, so that what loads also runs.
-CheckExpression = Callable[[str], None]
+CheckExpression = Callable[[str], object]
 
 _FILE_BYTES_MAX = 4 * 1024 * 1024
 _GROUP_KEYS = ("name", "interval", "limit", "labels", "rules")

@@ -21,18 +21,19 @@ from pgherd.alerts.knowledge import Knowledge
 from pgherd.alerts.model import Group, Instance, QueryRow, Rule, Transition
 from pgherd.alerts.state import Known, Moment, retire, step
 from pgherd.collector.alerting import rows
+from pgherd.collector.alerting.query import Query, metric_names
 from pgherd.proto.clock import Clock
 from pgherd.proto.errors import PgherdError
+from pgherd.proto.selectors import NAME_LABEL, Matcher, MatchOp
 from pgherd.runtime.logging import get_logger
 from pgherd.storage.control.store import ControlStore
 
 _log = get_logger(__name__)
 
-# The expression's vector at a time (ms since the epoch). Synchronous, called on a thread, and bounded in time
-# by itself (query.timeout); raises PgherdError.
-Query = Callable[[str, int], Sequence[tuple[Mapping[str, str], float]]]
 # What is heard at a time (ms since the epoch). Called on a thread; raises PgherdError.
 Facts = Callable[[int], Knowledge]
+# The names of the metrics that an expression reads (query.metric_names).
+Inputs = Callable[[str], frozenset[str]]
 
 # The longest stretch without evaluation that counts towards `for`, in intervals: a restart of the collector
 # or a slow query costs nothing, an hour's outage doesn't turn one observation into an hour's.
@@ -86,6 +87,7 @@ class Evaluator:
         facts: Facts,
         clock: Clock,
         receivers: Sequence[str],
+        inputs: Inputs = metric_names,
         committed: Callable[[], None] = lambda: None,
         pending_max: int = 10_000,
     ) -> None:
@@ -95,7 +97,9 @@ class Evaluator:
         self._receivers = tuple(receivers)
         self._committed = committed
         self._pending_max = pending_max
-        self._evaluations = tuple(GroupEvaluation(group, store, query, facts, receivers, pending_max) for group in groups)
+        self._evaluations = tuple(
+            GroupEvaluation(group, store, query, facts, inputs, receivers, pending_max) for group in groups
+        )
 
     def status(self) -> tuple[GroupStatus, ...]:
         """Every group in the order of the files."""
@@ -150,11 +154,19 @@ class GroupEvaluation:
     """One group between its evaluations. Evaluated by one thread at a time."""
 
     def __init__(
-        self, group: Group, store: ControlStore, query: Query, facts: Facts, receivers: Sequence[str], pending_max: int
+        self,
+        group: Group,
+        store: ControlStore,
+        query: Query,
+        facts: Facts,
+        inputs: Inputs,
+        receivers: Sequence[str],
+        pending_max: int,
     ) -> None:
         self._store = store
         self._query = query
         self._facts = facts
+        self._inputs = inputs
         self._receivers = tuple(receivers)
         self._pending_max = pending_max
         self._stepped_mono_s: dict[str, float] = {}  # rule id → slot of its last committed evaluation
@@ -179,7 +191,7 @@ class GroupEvaluation:
         was known before stays.
         """
         started_mono_s = clock.mono_s()
-        known = self._known(unix_ns // 1_000_000)
+        facts = self._facts_now(unix_ns // 1_000_000)
         before = self.status.rules
         try:
             if self._in_doubt:
@@ -188,7 +200,7 @@ class GroupEvaluation:
             after: list[RuleStatus] = []
             transitions: list[Transition] = []
             for status in before:
-                stepped, announced = self._evaluate_rule(status, unix_ns, mono_s, known, clock)
+                stepped, announced = self._evaluate_rule(status, unix_ns, mono_s, facts, clock)
                 after.append(stepped)
                 transitions += announced
             given_up = self._commit(before, after, transitions, unix_ns)
@@ -222,16 +234,31 @@ class GroupEvaluation:
         )
         return len(transitions)
 
-    def _known(self, at_ms: int) -> Known:
+    def _facts_now(self, at_ms: int) -> Knowledge | None:
         try:
-            return self._facts(at_ms).known
+            return self._facts(at_ms)
         # A guard like the rules' own: firing must not wait for facts.
         except Exception as error:  # noqa: BLE001
             _log.warning("alert.facts_unavailable", error=_problem(error))
+            return None
+
+    def _known(self, rule: Rule, at_ms: int, facts: Knowledge | None) -> Known:
+        """What the machine asks about instances of `rule` that vanished."""
+        if facts is None:
             return lambda _labels: False  # without facts nobody may say that something is over
+        heard: dict[str, frozenset[str]] = {}  # metric → instances that have a value now
+
+        def inputs_heard(instance: str) -> bool:
+            metrics = self._inputs(rule.expr)
+            for metric in metrics - heard.keys():
+                selector = f"{{{Matcher(NAME_LABEL, MatchOp.EQUAL, metric)}}}"
+                heard[metric] = frozenset(labels.get("instance", "") for labels, _value in self._query(selector, at_ms))
+            return bool(metrics) and all(instance in heard[metric] for metric in metrics)
+
+        return lambda labels: facts.known(labels, inputs_heard)
 
     def _evaluate_rule(
-        self, status: RuleStatus, unix_ns: int, mono_s: float, known: Known, clock: Clock
+        self, status: RuleStatus, unix_ns: int, mono_s: float, facts: Knowledge | None, clock: Clock
     ) -> tuple[RuleStatus, tuple[Transition, ...]]:
         rule, group = status.rule, self.status.group
         stepped_mono_s = self._stepped_mono_s.get(rule.id)
@@ -244,6 +271,7 @@ class GroupEvaluation:
         started_mono_s = clock.mono_s()
         try:
             result = [QueryRow(labels, value) for labels, value in self._query(rule.expr, unix_ns // 1_000_000)]
+            known = self._known(rule, unix_ns // 1_000_000, facts)
             outcome = step(rule, status.instances, result, moment, known, limit=group.limit)
         # The guard of the loop over rules: whatever one rule does, the others are evaluated.
         except Exception as error:  # noqa: BLE001

@@ -21,7 +21,8 @@ import numpy as np
 from sqlalchemy import Connection, select
 
 from pgherd.alerts.knowledge import Knowledge, Watched, knowledge
-from pgherd.collector.alerting.evaluation import Facts, Query
+from pgherd.collector.alerting.evaluation import Facts
+from pgherd.collector.alerting.query import Query
 from pgherd.proto.clock import Clock
 from pgherd.proto.errors import PgherdError
 from pgherd.proto.samples import STALE_NAN, Metric, MetricKind
@@ -37,6 +38,9 @@ HEARTBEAT_AGE = Metric(
     "pgherd_agent_heartbeat_age_seconds", MetricKind.GAUGE, "Time since the collector last heard this agent", "s"
 )
 AGENT_UP = Metric("pgherd_agent_up", MetricKind.GAUGE, "Whether the agent was heard within three heartbeats")
+
+# What the agent says of itself when a probe's values are missing.
+_TROUBLED = "pgherd_node_saturated == 1 or pg_exporter_last_scrape_error == 1 or pgherd_probe_unknown == 1"
 
 _APPEND_TIMEOUT_S = 30.0
 
@@ -71,14 +75,17 @@ def herd_facts(store: ControlStore, herd: Herd, query: Query, *, fresh_s: float 
 
     "Up" needs a sample that says so: a link that delivers nothing leaves its last value behind, and that isn't news.
     """
-    up_expr = f"last_over_time(pg_up[{max(1, round(fresh_s))}s]) == 1"
+    # The instant selector heeds staleness markers, the range bounds the age of the last value.
+    up_expr = f"pg_up == 1 and last_over_time(pg_up[{max(1, round(fresh_s))}s])"
+
+    def instances(expr: str, at_ms: int) -> set[str]:
+        return {labels.get("instance", "") for labels, _value in query(expr, at_ms)}
 
     def facts(at_ms: int) -> Knowledge:
         with store.read() as connection:
             watched = watched_nodes(connection)
         alive = {one.agent_id for one in watched if herd.heard(one.agent_id) is not None}
-        up = {labels.get("instance", "") for labels, _value in query(up_expr, at_ms)}
-        return knowledge(watched, alive, up)
+        return knowledge(watched, alive, instances(up_expr, at_ms), instances(_TROUBLED, at_ms))
 
     return facts
 
