@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from support.postgres import Fleet, Pair, Server, default_major, fleet
+from pgherd.postgres.scratch import workspace
+from support.postgres import PARENT, Fleet, Pair, Server, default_major, fleet
 
 _DATABASE_NUMBERS = itertools.count(1)
 
@@ -64,3 +66,10 @@ def database(postgres: Server) -> Iterator[str]:
     name = postgres.create_database(f"test_{next(_DATABASE_NUMBERS)}")
     yield name
     postgres.drop_database(name)
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """A directory that servers' OS users can pass through (tmp_path is private), removed afterwards."""
+    with workspace(PARENT) as directory:
+        yield directory

@@ -245,12 +245,24 @@ class Fleet:
         own = {"unix_socket_directories": str(sockets), "port": str(port)}
         return {**SETTINGS, **own, **(settings or {})}
 
-    def server(self, major: int | None = None, settings: Mapping[str, str] | None = None, *, start: bool = True) -> Server:
-        """A fresh empty server of `major`."""
+    def server(
+        self,
+        major: int | None = None,
+        settings: Mapping[str, str] | None = None,
+        *,
+        start: bool = True,
+        own_identifier: bool = False,
+    ) -> Server:
+        """A fresh empty server of `major`, a copy of a template: its system identifier is that of all others,
+        unless `own_identifier` (half a second more)."""
         binaries, home = self._binaries(major), self._next_directory()
         data_directory = home / "data"
-        template = self._template(binaries)
-        run(["cp", "-a", "--reflink=auto", template, data_directory], timeout_s=60).require_success()
+        if own_identifier:
+            initdb(binaries, data_directory, self._user)
+            (data_directory / "pg_hba.conf").write_text(_HBA, encoding="utf-8")
+        else:
+            template = self._template(binaries)
+            run(["cp", "-a", "--reflink=auto", template, data_directory], timeout_s=60).require_success()
         return self._serve(binaries, home, data_directory, settings, start=start)
 
     def _serve(

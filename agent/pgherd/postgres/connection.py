@@ -8,12 +8,12 @@ extra_float_digits, bytea_output …), and server-side timeouts would kill the e
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import psycopg
-from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from pgherd.proto.errors import ConfigError, PgherdError, PreconditionError, TransientError
@@ -93,16 +93,12 @@ def connect(target: Target, dbname: str | None = None, *, lock_timeout_s: float 
 
 
 def _pin(connection: psycopg.Connection[Any], lock_timeout_s: float) -> None:
-    known = {row[0] for row in connection.execute("SELECT lower(name) FROM pg_catalog.pg_settings")}
     settings = {**PINNED_SETTINGS, "lock_timeout": f"{int(lock_timeout_s * 1000)}ms"}
-    for name, value in settings.items():
-        if name in known:
-            connection.execute("SELECT pg_catalog.set_config(%s, %s, false)", [name, value])
-
-
-def identifier(*names: str) -> sql.Identifier:
-    """A quoted, possibly qualified name."""
-    return sql.Identifier(*names)
+    connection.execute(
+        "SELECT pg_catalog.set_config(s.name, w.value, false) FROM pg_catalog.pg_settings s "
+        "JOIN pg_catalog.jsonb_each_text(%s::pg_catalog.jsonb) w(name, value) ON w.name = pg_catalog.lower(s.name)",
+        [json.dumps(settings)],
+    )
 
 
 def connect_failure(error: psycopg.Error) -> PgherdError:

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from pgherd.agent.backup.dump import Progress as ProgressPort
 from pgherd.agent.backup.repository import Entry, NodeRepository, Unreadable, open_repository
 from pgherd.agent.backup.restore import RestoreSettings, restore_to_directory, restore_to_scratch, scratch_parent
 from pgherd.agent.backup.retain import retain
@@ -27,6 +28,7 @@ from pgherd.proto.commands import check_backup_name, check_directory_name
 from pgherd.proto.errors import DeniedError, PgherdError
 from pgherd.runtime.clock import SystemClock
 from pgherd.runtime.durable import exclusive_lock, private_directory, publish_json, read_secret
+from pgherd.runtime.logging import configure as configure_logging
 from pgherd.runtime.render import Progress, command_main, emit_json, emit_json_line, human_bytes, table
 from pgherd.storage.manifest import summary
 
@@ -48,6 +50,7 @@ def _for_programs(function: Callable[..., None]) -> Callable[..., None]:
 @click.group()
 def backup() -> None:
     """Take, list, verify and restore logical backups. Works with the collector away."""
+    configure_logging()  # to stderr: stdout belongs to the answer
 
 
 @backup.command("run")
@@ -152,7 +155,7 @@ def _row(entry: Entry | Unreadable) -> dict[str, Any]:
 # ---- the verbs' work ----------------------------------------------------------------------------
 
 
-def take_verify_retain(config: AgentConfig, node: NodeConfig, progress: Progress) -> Result:
+def take_verify_retain(config: AgentConfig, node: NodeConfig, progress: ProgressPort) -> Result:
     """What `backup run` does: the members of a BackupSummary. Raises what take and verify raise."""
     repository, clock = _repository(config, node), SystemClock()
     with repository.writing():
@@ -163,7 +166,7 @@ def take_verify_retain(config: AgentConfig, node: NodeConfig, progress: Progress
     return summary(manifest, repository.entry(manifest.name).grade)
 
 
-def restore_node(config: AgentConfig, node: NodeConfig, name: str, target: Path | None, progress: Progress) -> Result:
+def restore_node(config: AgentConfig, node: NodeConfig, name: str, target: Path | None, progress: ProgressPort) -> Result:
     """What `backup restore` does: the members of a RestoreResult."""
     user = server_user(config.backup.scratch_user, "pgherd-scratch", "nobody", "postgres")
     settings = RestoreSettings(
