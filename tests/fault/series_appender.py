@@ -1,10 +1,12 @@
 """Run as a program by the fault tests: appends to a series store and says on stdout what is acknowledged.
 
-argv: directory, first sequence, mode (`run` until killed, or `full`: see test_series_store_faults).
+argv: directory, first sequence, mode (`run` until killed, or `full`, `full-die`: see test_series_store_faults),
+and for `run` after how many acknowledgements it kills itself, in the very call that acknowledges (0: never).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import resource
 import signal
@@ -42,12 +44,15 @@ def say(**facts: object) -> None:
     sys.stdout.flush()
 
 
-def run_until_killed(store: SeriesStore, sequence: int) -> None:
+def run_until_killed(store: SeriesStore, sequence: int, die_after: int) -> None:
     room = threading.Semaphore(40)
+    acks = itertools.count(1)
 
     def acknowledged(number: int, future: Future[Receipt]) -> None:
         room.release()
         say(acked=number, repeated=future.result().repeated)
+        if next(acks) == die_after:  # we are in the writer thread: nothing that it would do later happens
+            signal.raise_signal(signal.SIGKILL)
 
     while True:
         room.acquire()
@@ -100,7 +105,7 @@ def main() -> None:
     store = SeriesStore.open(directory / "series.duckdb", SeriesSettings(writer=writer), SystemClock())
     say(opened=True, set_aside=store.gauges().logs_set_aside)
     if mode == "run":
-        run_until_killed(store, sequence)
+        run_until_killed(store, sequence, int(sys.argv[4]))
     fill_the_disk(store, directory)
     if mode == "full-die":
         signal.raise_signal(signal.SIGKILL)

@@ -23,9 +23,9 @@ PROGRAM = Path(__file__).with_name("series_appender.py")
 SERIES = 20
 
 
-def start(directory: Path, first: int, mode: str) -> subprocess.Popen[str]:
+def start(directory: Path, first: int, mode: str, die_after: int = 0) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, str(PROGRAM), str(directory), str(first), mode],
+        [sys.executable, str(PROGRAM), str(directory), str(first), mode, str(die_after)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -51,13 +51,15 @@ def test_kill_9_at_any_moment_keeps_what_was_acknowledged_once(tmp_path: Path) -
     dice = random.Random(seed)
     acked: set[int] = set()
     high_water = 0
-    for _ in range(int(os.environ.get("PGHERD_TEST_ROUNDS", "5"))):
+    for number in range(int(os.environ.get("PGHERD_TEST_ROUNDS", "6"))):
         # Start again a little below: what was sent but not acknowledged is sent again.
-        child = start(tmp_path, max(1, high_water - dice.randrange(60)), "run")
+        # Every other time it dies in the call that acknowledges, else whenever the kill comes.
+        die_after = dice.randrange(1, 200) if number % 2 else 0
+        child = start(tmp_path, max(1, high_water - dice.randrange(60)), "run", die_after)
         assert child.stdout is not None
         lines: list[str] = []
         budget = dice.randrange(10, 400)
-        while len(lines) < budget and (line := child.stdout.readline()):
+        while (die_after or len(lines) < budget) and (line := child.stdout.readline()):
             lines.append(line)
         child.kill()
         lines += child.stdout.readlines()

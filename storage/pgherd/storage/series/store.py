@@ -89,7 +89,7 @@ class SeriesStore(SeriesReader):
             wal_bytes=self._database.wal_bytes,
             file_bytes=self._database.path.stat().st_size,
             logs_set_aside=len(self._database.set_aside()),
-            is_writable=self._writer.is_alive and not self._writer.is_broken,
+            is_writable=self._writer.is_alive and not self._writer.is_failing,
         )
 
     def close(self, timeout_s: float = 30.0, *, checkpoint: bool = True) -> None:

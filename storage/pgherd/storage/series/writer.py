@@ -74,6 +74,7 @@ class Writer:
         self._queue = CommitQueue(points_max=settings.queue_points_max, bytes_max=settings.queue_bytes_max)
         self._expiry = Expiry(settings.retention_s, settings.expiry_chunk_rows)
         self._broken = False
+        self._last_commit_failed = False
         self._checkpoint_last = True
         self._next_checkpoint_mono_s = clock.mono_s() + settings.checkpoint_interval_s
         self._next_expiry_mono_s = clock.mono_s() + min(10.0, settings.expiry_interval_s)
@@ -90,9 +91,9 @@ class Writer:
         return self._thread.is_alive()
 
     @property
-    def is_broken(self) -> bool:
-        """The last attempt to write failed in a way that closed the database; each new write tries again."""
-        return self._broken
+    def is_failing(self) -> bool:
+        """The last commit failed, or the database is closed until the next attempt; each new write tries again."""
+        return self._broken or self._last_commit_failed
 
     @property
     def queued_points(self) -> int:
@@ -148,10 +149,12 @@ class Writer:
                 self._write(plan)
         except (duckdb.Error, PgherdError) as error:
             self.counters.commits_failed += 1
+            self._last_commit_failed = True
             log.warning("series.commit_failed", batches=len(group), reason=first_line(error))
             _fail(group, error)
             self._recover_from(error)
             return
+        self._last_commit_failed = False
         self.catalog.apply(plan)
         self._count(plan, self._clock.mono_s() - started)
         for (_, future), receipt in zip(group, plan.receipts, strict=True):
