@@ -179,7 +179,7 @@ def test_a_node_of_another_agent_cannot_be_claimed_unless_that_is_revoked(tmp_pa
 
 def test_the_newest_session_of_an_agent_wins(tmp_path: Path) -> None:
     async def story() -> None:
-        async with control_plane(tmp_path) as plane:
+        async with control_plane(tmp_path, heartbeat_interval_s=30) as plane:
             agent = enrol(plane.store)
             node = add_node(plane.store, agent)
             async with puppet(plane.target, agent) as first, puppet(plane.target, agent) as second:

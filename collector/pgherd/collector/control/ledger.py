@@ -384,7 +384,7 @@ def _take_in(connection: Connection, now_unix_ns: int, agent_id: str, event: Eve
     owned = select(nodes.c.id).where(nodes.c.id == offer.node_id, nodes.c.agent_id == agent_id)
     if offer.command_id != event.command_id or connection.execute(owned).first() is None:
         return None
-    _insert(connection, now_unix_ns, offer, agent_id, actor=f"agent:{agent_id}", via=offer.actor[:32])
+    _insert(connection, now_unix_ns, offer, agent_id, actor=f"agent:{agent_id}", via="schedule")
     return _row(connection, offer.command_id)
 
 
