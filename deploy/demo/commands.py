@@ -52,6 +52,9 @@ class Service:
     _children_cpu_s: dict[int, float] = field(default_factory=dict)
 
     def start(self) -> None:
+        """Start it, again after `stop` or `kill`; its CPU time is summed over all of them."""
+        self.cpu_before_s += self.cpu_s
+        self.cpu_s = 0.0
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 self.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=self.log.parent
@@ -64,8 +67,6 @@ class Service:
     def kill(self) -> None:
         """kill -9."""
         assert self.process is not None
-        self.cpu_before_s += self.cpu_s
-        self.cpu_s = 0.0
         self.process.kill()
         self.process.wait(10)
 

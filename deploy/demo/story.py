@@ -268,6 +268,10 @@ class Story:
             }
             for name, count in step.figures.items():
                 require(count["sampled"] == count["stored"] > 0 and not count["dropped"], f"{name}: {count}")
+        with self.step("the herd goes on"):
+            for agent in herd.agents:
+                agent.start()
+            until(lambda: all(node["condition"] == "up" for node in herd.pgherd("nodes", "ls")), 40, "both nodes up again")
 
     def _sampled_points(self) -> int:
         return int(self.herd.agent_call("primary", "status")["spool"]["sampled_points"])

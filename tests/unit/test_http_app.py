@@ -95,6 +95,15 @@ def test_a_bug_is_told_without_details(harness: Harness) -> None:
     assert "secret detail" not in answer.text
 
 
+def test_unknown_paths_are_told_in_the_callers_language(harness: Harness) -> None:
+    """Grafana probes a path that Prometheus doesn't have and looks for Go's own words."""
+    probe = harness.call("GET", "/prometheus/api/v1/rules/test/test")
+    assert (probe.status_code, probe.text) == (404, "404 page not found\n")
+    own = harness.call("GET", "/api/v1/nothing")
+    assert (own.status_code, own.headers["content-type"]) == (404, "application/problem+json")
+    assert harness.call("DELETE", "/healthz").status_code == 405
+
+
 def test_a_body_over_the_limit_is_refused_unread(harness: Harness) -> None:
     assert harness.call("POST", "/echo", json={"text": "x" * 1000}).json() == 1000
     assert harness.call("POST", "/echo", json={"text": "x" * BODY_BYTES_MAX}).status_code == 413

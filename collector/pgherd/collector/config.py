@@ -87,6 +87,7 @@ class AlertsConfig:
     rule_files: tuple[Path, ...] = ()  # besides the built-in pack
     builtin_rules: bool = True
     interval: Duration = 15.0  # of groups that don't state one
+    external_url: str = ""  # where receivers' readers reach this collector; goes into notifications
     receivers: tuple[ReceiverConfig, ...] = (ReceiverConfig(name="log", kind="log"),)
 
 

@@ -86,7 +86,7 @@ def load_groups(config: CollectorConfig) -> tuple[Group, ...]:
     return load_rules(alerts.rule_files, builtin=alerts.builtin_rules, interval_s=alerts.interval, check_expression=check)
 
 
-def _receiver(config: ReceiverConfig) -> Receiver:
+def _receiver(config: ReceiverConfig, external_url: str) -> Receiver:
     if config.kind == "log":
         return LogReceiver(config.name)
     url = read_secret(config.url_file) if config.url_file else config.url
@@ -94,7 +94,7 @@ def _receiver(config: ReceiverConfig) -> Receiver:
         raise ConfigError(
             "config.invalid", f"receiver {config.name} needs url or url_file with an http address", key="alerts.receivers"
         )
-    return WebhookReceiver(config.name, url, timeout_s=config.timeout)
+    return WebhookReceiver(config.name, url, timeout_s=config.timeout, external_url=external_url)
 
 
 def _listener(address: str, what: str, *, loopback_only: bool = False) -> socket.socket:
@@ -195,7 +195,7 @@ class Collector:
         self.enrolment = Enrolment(control, ca, clock, config.enrol.certificate_lifetime, config.enrol.renewal_grace)
         self.certificate = ServerCertificate(ca, Layout(config.state_directory).tls, config.enrol.names, clock)
         self.queries = QueryPool(clock, config.query.concurrency)
-        receivers = [_receiver(receiver) for receiver in config.alerts.receivers]
+        receivers = [_receiver(receiver, config.alerts.external_url) for receiver in config.alerts.receivers]
         self.outbox = OutboxWorker(control, receivers, clock)
         query = promql_query(
             series,

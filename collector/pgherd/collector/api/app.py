@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
+from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -82,6 +83,7 @@ def http_app(
     app.state.authenticator = authenticator
     install_problem_handler(app)
     app.add_exception_handler(Exception, _answer_unexpected)
+    app.add_exception_handler(StarletteHTTPException, _answer_unrouted)
     app.add_middleware(GZipMiddleware, minimum_size=1024)
     app.add_middleware(BodyLimit)
 
@@ -116,3 +118,12 @@ def _answer_unexpected(request: Request, error: Exception) -> Response:
     """A bug of ours: logged whole, told without details."""
     _log.error("http.unexpected", path=request.url.path, error=repr(error), exc_info=error)
     return problem_response(InvariantError("invariant.broken", "the collector met an unexpected condition", hint="see its log"))
+
+
+def _answer_unrouted(request: Request, error: Exception) -> Response:
+    """An unknown path or method. Grafana tells Prometheus' flavours apart by this very text of Go's."""
+    assert isinstance(error, StarletteHTTPException), "registered for this class only"
+    if error.status_code == 404 and request.url.path.startswith("/prometheus/"):
+        return PlainTextResponse("404 page not found\n", status_code=404)
+    body = {"type": "about:blank", "title": str(error.detail), "status": error.status_code}
+    return JSONResponse(body, status_code=error.status_code, headers=error.headers, media_type="application/problem+json")
