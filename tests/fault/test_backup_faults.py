@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import random
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+import psycopg
 import pytest
 
 from pgherd.agent.backup.dump import require_young
@@ -131,6 +131,18 @@ def test_a_locked_table_isnt_waited_for_for_ever(shop: Server, node: BackupNode)
     assert node.backups() == []
 
 
+def test_nobody_empties_a_table_between_fingerprint_and_dump(shop: Server, node: BackupNode) -> None:
+    """TRUNCATE isn't MVCC-safe: without our lock both would see the table empty, and agree."""
+
+    def strike() -> None:
+        with shop.connect("shop") as other, pytest.raises(psycopg.errors.LockNotAvailable):
+            other.execute("SET lock_timeout = '100ms'; TRUNCATE small")
+
+    once = Once("fingerprint shop", strike)
+    node.run(once)
+    assert once.done
+
+
 def test_an_old_snapshot_ends_the_dump() -> None:
     require_young(1000)
     require_young(None)
@@ -156,7 +168,6 @@ def test_databases_come_and_go(shop: Server, node: BackupNode) -> None:
     notes = node.repository.entry().manifest.notes
     assert [note for note in notes if "zz_doomed was dropped" in note]
     assert [note for note in notes if "newcomer was created" in note]
-    assert node.restore()["grade"] == "content-equal"
 
 
 # ---- rights ---------------------------------------------------------------------------------------
@@ -215,7 +226,6 @@ def test_missing_role_passwords_are_said_and_can_be_accepted(shop: Server, home:
         taken = accepting.run()
         assert (taken["complete"], taken["warnings"]) == (True, [])
         assert any("role passwords" in note for note in accepting.repository.entry().manifest.notes)
-        assert accepting.restore()["grade"] == "content-equal"
 
 
 def test_a_database_that_allows_no_connections_makes_it_incomplete(shop: Server, node: BackupNode) -> None:
@@ -316,24 +326,14 @@ def test_a_lost_part_and_a_newer_manifest(node: BackupNode) -> None:
     assert first in node.backups(), "what can't be read must never be deleted"
 
 
-def test_a_disk_without_room(shop: Server, home: Path) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("mounting a tmpfs needs root; the port's contract is tested without")
-    repository = home / "repo"
-    repository.mkdir(mode=0o700)
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "tmpfs", repository]).returncode != 0:
-        pytest.skip("can't mount a tmpfs here")
-    try:
-        node = backup_node(shop, home, compression="none")
-        with pytest.raises(PgherdError) as caught:
-            node.run()
-        assert caught.value.code == "disk.full"
-        assert node.backups() == []
-        assert os.statvfs(repository).f_bfree > os.statvfs(repository).f_blocks * 0.9, (
-            "the failed backup's bytes are still there"
-        )
-    finally:
-        subprocess.run(["umount", repository], check=True)
+def test_a_disk_without_room(node: BackupNode) -> None:
+    """The real command under a file size limit, which the kernel reports where a full disk is reported."""
+    program = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000)); from pgherd.agent.main import main; main()"
+    command = [sys.executable, "-c", program, "--config", str(node.config_file()), "backup", "run", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert json.loads(done.stderr)["error"]["code"] == "disk.full"
+    assert done.returncode == 1
+    assert node.backups() == [], "the failed backup's bytes are still there"
 
 
 def test_two_at_once_and_a_reader_against_retention(node: BackupNode) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 from pathlib import Path
@@ -106,8 +107,7 @@ def read_fingerprint(server: Server, dbname: str) -> Fingerprint:
         return fingerprint(connection, plan_content(connection))
 
 
-@pytest.mark.parametrize("major", majors())
-@pytest.mark.parametrize("compression", ["zstd"])
+@pytest.mark.parametrize(("major", "compression"), list(zip(majors(), itertools.cycle(["zstd", "gzip", "none"]))))
 def test_every_type_comes_back_equal(postgres_fleet: Fleet, home: Path, major: int, compression: str) -> None:
     server = _filled(postgres_fleet, major)
     node = backup_node(server, home, compression=compression)
@@ -120,14 +120,6 @@ def test_every_type_comes_back_equal(postgres_fleet: Fleet, home: Path, major: i
     assert node.repository.entry().grade == "content-equal"
     assert list((home / "scratch").iterdir()) == []
     server.stop()
-
-
-@pytest.mark.parametrize("compression", ["gzip", "none"])
-def test_other_compressions(postgres: Server, home: Path, database: str, compression: str) -> None:
-    postgres.execute("CREATE TABLE t AS SELECT g FROM generate_series(1, 1000) g", dbname=database)
-    node = backup_node(postgres, home, compression=compression)
-    node.run()
-    assert node.restore()["grade"] == "content-equal"
 
 
 CHANGES = [
@@ -248,6 +240,7 @@ def test_the_runbook_restores_with_stock_tools(postgres: Server, private_postgre
     assert done.returncode == 0, done.stdout + done.stderr
     assert private_postgres.execute("SELECT count(*) FROM t", dbname=database) == [(1000,)]
     assert private_postgres.execute("SELECT 1 FROM pg_roles WHERE rolname = 'runbook_app'") == [(1,)]
+    postgres.execute("DROP ROLE runbook_app")
     assert differences(read_fingerprint(postgres, database), read_fingerprint(private_postgres, database)) == []
 
 

@@ -38,6 +38,10 @@ class Deadline:
                 "child.timeout", f"{self._what} didn't finish within {self._timeout_s:g} s", timeout_s=self._timeout_s
             ) from error
 
+    @property
+    def expired(self) -> bool:
+        return self._expired
+
     def _expire(self) -> None:
         with self._lock:
             self._expired = True

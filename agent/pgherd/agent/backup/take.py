@@ -204,7 +204,7 @@ def _dump_databases(writing: Writing, facts: ServerFacts) -> tuple[list[Dumped],
         try:
             dumped.append(dump_database(writing, database, number))
         except PgherdError:
-            if _still_there(writing.target, database):
+            if writing.deadline.expired or _still_there(writing.target, database):
                 raise
             dropped[database.name] = "dropped while the backup ran"
             writing.store.delete(writing.prefix + stored_name(writing, part_name(database, number)))
