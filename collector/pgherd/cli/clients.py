@@ -28,10 +28,7 @@ def clients() -> None:
 @verb
 def issue(context: CliContext, name: str, directory: Path, lifetime: str) -> None:
     """Make a key and have the herd's CA sign a certificate for the OTLP client NAME."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+    from pgherd.runtime.keys import new_key
 
     try:
         lifetime_s = parse_duration_s(lifetime)
@@ -41,12 +38,11 @@ def issue(context: CliContext, name: str, directory: Path, lifetime: str) -> Non
     taken = next((path for path in files.values() if path.exists()), None)
     if taken:
         raise ConfigError("usage.invalid", f"{taken} exists", hint="choose another --directory")
-    key = ec.generate_private_key(ec.SECP256R1())
-    request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
-    body = {"name": name, "csr": request.public_bytes(Encoding.PEM).decode("ascii"), "lifetime_s": lifetime_s}
+    key = new_key()
+    body = {"name": name, "csr": key.request_pem, "lifetime_s": lifetime_s}
     answer = context.client.post("/api/v1/clients", body)
     directory.mkdir(parents=True, exist_ok=True)
-    publish(files["client.key"], key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    publish(files["client.key"], key.key_pem)
     publish(files["client.crt"], answer["certificate"].encode("ascii"), mode=0o644)
     publish(files["ca.crt"], answer["ca"].encode("ascii"), mode=0o644)
     if context.json:
