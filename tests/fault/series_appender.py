@@ -22,6 +22,7 @@ import numpy as np
 
 from pgherd.proto.errors import TransientError
 from pgherd.runtime.clock import SystemClock
+from pgherd.runtime.logging import configure
 from pgherd.storage.series.batch import Batch, Receipt, Shipment, layout_of
 from pgherd.storage.series.store import SeriesSettings, SeriesStore
 from pgherd.storage.series.writer import WriterSettings
@@ -69,7 +70,7 @@ def read(store: SeriesStore) -> int:
         return 0
 
 
-def fill_the_disk(store: SeriesStore, directory: Path) -> None:
+def fill_the_disk(store: SeriesStore, directory: Path, *, checkpoints: bool) -> None:
     """A file-size limit stands in for the full disk: it needs no root, and write() fails in the middle just the same."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     acked: list[int] = []
@@ -89,6 +90,8 @@ def fill_the_disk(store: SeriesStore, directory: Path) -> None:
             sequence += 1
         except TransientError as error:
             refused.append(error.code)
+    if checkpoints:
+        wait_until(lambda: store.counters.reopened, 20, "a checkpoint to run into the limit too")
     say(series_read_while_full=wait_until(lambda: read(store), 20, "a read while the disk is full"))
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     for _ in range(5):  # the same sequence again, as a sender would
@@ -100,13 +103,14 @@ def fill_the_disk(store: SeriesStore, directory: Path) -> None:
 
 
 def main() -> None:
+    configure(level="warning")  # to stderr: stdout belongs to what is acknowledged
     directory, sequence, mode = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     writer = WRITER if mode != "full" else replace(WRITER, checkpoint_interval_s=3600.0)
     store = SeriesStore.open(directory / "series.duckdb", SeriesSettings(writer=writer), SystemClock())
     say(opened=True, set_aside=store.gauges().logs_set_aside)
     if mode == "run":
         run_until_killed(store, sequence, int(sys.argv[4]))
-    fill_the_disk(store, directory)
+    fill_the_disk(store, directory, checkpoints=mode == "full-die")
     if mode == "full-die":
         signal.raise_signal(signal.SIGKILL)
     store.close()

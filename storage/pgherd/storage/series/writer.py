@@ -26,6 +26,7 @@ from pgherd.storage.series.plan import CommitPlan, plan_commit
 from pgherd.storage.series.queue import CommitQueue, Waiting
 
 _CHECKPOINT_MARGIN_BYTES = 4 * 1024 * 1024
+_CHECKPOINT_REST_MAX_S = 30.0
 
 log = get_logger(__name__)
 
@@ -77,6 +78,7 @@ class Writer:
         self._last_commit_failed = False
         self._checkpoint_last = True
         self._next_checkpoint_mono_s = clock.mono_s() + settings.checkpoint_interval_s
+        self._checkpoint_rest_mono_s = 0.0
         self._next_expiry_mono_s = clock.mono_s() + min(10.0, settings.expiry_interval_s)
         self.catalog = catalog
         self.counters = WriterCounters()
@@ -248,9 +250,14 @@ class Writer:
         if now >= self._next_expiry_mono_s or self._expiry.is_underway:
             self._next_expiry_mono_s = now + self._settings.expiry_interval_s
             self._expire()
-        if now >= self._next_checkpoint_mono_s or self._database.wal_bytes >= self._settings.checkpoint_wal_bytes:
-            self._next_checkpoint_mono_s = now + self._settings.checkpoint_interval_s
-            self._checkpoint()
+        is_large = self._database.wal_bytes >= self._settings.checkpoint_wal_bytes
+        if now >= self._next_checkpoint_mono_s or (is_large and now >= self._checkpoint_rest_mono_s):
+            if self._checkpoint():
+                self._next_checkpoint_mono_s = now + self._settings.checkpoint_interval_s
+                return
+            # A failing one may reopen the database, which interrupts readers: give them time in between.
+            pause_s = min(max(self._settings.checkpoint_interval_s, 1.0), _CHECKPOINT_REST_MAX_S)
+            self._next_checkpoint_mono_s = self._checkpoint_rest_mono_s = self._clock.mono_s() + pause_s
 
     def _expire(self) -> None:
         try:
@@ -263,11 +270,11 @@ class Writer:
         self.counters.points_expired += points
         self.counters.series_expired += series
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self) -> bool:
         if not self._has_room():
             self.counters.checkpoints_failed += 1
             log.warning("series.checkpoint_skipped", wal_bytes=self._database.wal_bytes, reason="the disk has no room for it")
-            return
+            return False
         try:
             self._recover()
             self._database.checkpoint()
@@ -275,8 +282,9 @@ class Writer:
             self.counters.checkpoints_failed += 1
             log.warning("series.checkpoint_failed", reason=first_line(error))
             self._recover_from(error)
-            return
+            return False
         self.counters.checkpoints += 1
+        return True
 
 
 def _insert(connection: duckdb.DuckDBPyConnection, table: str, rows: pa.Table) -> None:
