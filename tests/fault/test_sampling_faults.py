@@ -263,3 +263,18 @@ def test_read_only_and_invisible_to_statement_logs(server: Server, tmp_path: Pat
             assert row[:3] == (APPLICATION_NAME, "idle", None), "no transaction stays open between cycles"
 
     asyncio.run(work())
+
+
+def test_timeouts_of_the_role_dont_cut_the_connection(server: Server, tmp_path: Path) -> None:
+    server.execute("ALTER ROLE monitor SET idle_session_timeout = '150ms'")
+    server.execute("ALTER ROLE monitor SET statement_timeout = '1ms'")
+
+    async def work() -> None:
+        async with sampling(tmp_path / "spool", server.conninfo("monitor")) as bench:
+            assert (await bench.cycle()).unknown() == {}
+            await asyncio.sleep(0.4)  # idle for longer than the role's timeout: that is what is tested
+            seen = await bench.cycle()
+            assert seen.unknown() == {}
+            assert seen.value("pgherd_connection_attempts_total") == 1
+
+    asyncio.run(work())

@@ -80,6 +80,19 @@ directory = Path(sys.argv[1])
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 def room(limit):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+def on_disk(path):
+    return sum(file.stat().st_size for file in path.glob("*.segment"))
+spool = open_spool(directory / "several", segment_max=1300)
+for _ in range(3):
+    assert spool.append(os.urandom(500), 1)
+assert len(list((directory / "several").glob("*.segment"))) == 2
+room(max(directory.glob("several/*.segment")).stat().st_size + 200)
+assert spool.append(os.urandom(500), 1)
+assert spool.status.counts.evicted_points == 2
+assert on_disk(directory / "several") == spool.status.size_bytes, "half a record stays nowhere"
+assert [batch.sequence for batch in drain(spool)] == [3, 4]
+room(hard)
+spool.close()
 spool = open_spool(directory, segment_max=1 << 20)
 for _ in range(5):
     assert spool.append(os.urandom(500), 2)
@@ -111,7 +124,12 @@ def test_full_disk_sheds_its_own_oldest_then_the_new_and_never_raises(tmp_path: 
     tests = str(Path(__file__).parents[1])
     with log.open("ab") as stderr:
         argv = [sys.executable, "-c", _ON_A_FULL_DISK, str(tmp_path / "spool")]
-        done = subprocess.run(argv, stderr=stderr, env={**os.environ, "PYTHONPATH": tests}, timeout=60)
+        done = subprocess.run(
+            argv,
+            stderr=stderr,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])},
+            timeout=60,
+        )
     assert done.returncode == 0, log.read_bytes()[4096:].decode()
 
 
@@ -154,6 +172,9 @@ def test_a_corrupt_segment_is_set_aside_counted_and_its_prefix_shipped(tmp_path:
     assert spool.status.counts.corrupt_segments == 1
     assert spool.status.counts.lost_points == 10
     assert (directory / "set-aside" / f"{victim.name}.corrupt").read_bytes() == bytes(content)
+    spool.close()
+    spool = open_spool(directory, segment_max=2000)
+    assert spool.status.counts.corrupt_segments == 1, "the damage is counted once, not at every start"
     assert [batch.sequence for batch in drain(spool)] == [1, 2, 3, 4, 5, 7, 8, 9]
     assert is_balanced(spool)
     spool.close()
