@@ -111,9 +111,7 @@ def _backup_grants(server: ServerSide, host: HostSide) -> Iterator[Finding]:
     total = sum(database.tables_unreadable for database in server.databases)
     if total:
         names = ", ".join(d.name for d in server.databases if d.tables_unreadable)
-        yield Finding(
-            "grants.backup", "blocker", f"{total} tables can't be read by {server.role} (in {names})", f"{read.sql};"
-        )
+        yield Finding("grants.backup", "blocker", f"{total} tables can't be read by {server.role} (in {names})", f"{read.sql};")
     elif not blind:
         yield Finding("grants.backup", "ok", f"{server.role} reads every table of {len(server.databases)} databases")
     if any(database.tables_with_rls for database in server.databases) and not (server.bypass_rls or server.superuser):
