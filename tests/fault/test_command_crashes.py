@@ -158,6 +158,7 @@ def test_an_agent_killed_while_its_child_runs(tmp_path: Path, meanwhile: str) ->
                 await gone(agent)
             (_, child_pid), *_ = world.executions()
             os.kill(child_pid, 0)  # it outlived its agent
+            await until(lambda: not plane.service.live_sessions, "the end of the old session")
             result_file = world.directory / "commands" / command_id / "result.json"
             if meanwhile == "child ends":
                 world.let_go()
@@ -168,7 +169,9 @@ def test_an_agent_killed_while_its_child_runs(tmp_path: Path, meanwhile: str) ->
                 if meanwhile == "child lives on":
                     seen = plane.views.command(command_id)["progress"]
                     assert seen == {"phase": "waiting", "done": 1, "total": 2, "unit": "steps"}
-                    await until(lambda: plane.herd.heard(world.agent), "the new session")
+                    await until(
+                        lambda: plane.service.live_sessions, "the session of the new agent, which has looked around by then"
+                    )
                     assert plane.views.command(command_id)["open"]
                     world.let_go()
                 shown = await until(lambda: outcome(plane, command_id), "the outcome")

@@ -93,7 +93,7 @@ class DetachedChild:
         # Look without reaping: the group id can't be reused while its leader is a zombie.
         if os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
             return False
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self.status = self._process.wait()
         return True
