@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from pgherd.agent.context import AgentContext
-from pgherd.runtime.render import command_main, emit_json, table
+from pgherd.runtime.render import command_main, emit_json, show_settings, table
 
 # Verb → where its click command lives. Loaded on use: `pgherd-agent sql` needn't import gRPC.
 _VERBS = {
@@ -110,15 +110,12 @@ def config_check(context: AgentContext, as_json: bool) -> None:
 @click.pass_obj
 def config_show(context: AgentContext, origin: bool, as_json: bool) -> None:
     """Print every setting as it is in force."""
+    as_json = as_json or context.json
 
     def body() -> None:
-        rows = [{"key": key, "value": value, "origin": where} for key, value, where in context.loaded.show()]
-        if as_json or context.json:
-            emit_json(rows)
-        else:
-            table(rows, [("key", "KEY"), ("value", "VALUE"), *([("origin", "ORIGIN")] if origin else [])])
+        show_settings(context.loaded.show(), origin=origin, as_json=as_json)
 
-    sys.exit(command_main(body, as_json=as_json or context.json))
+    sys.exit(command_main(body, as_json=as_json))
 
 
 def main() -> None:

@@ -7,9 +7,8 @@ from typing import Any
 import click
 
 from pgherd.cli.main import CliContext
-from pgherd.cli.verb import moment, show, verb
+from pgherd.cli.verb import duration_s, moment, show, verb
 from pgherd.proto.errors import ConfigError, PreconditionError
-from pgherd.runtime.config import parse_duration_s
 from pgherd.runtime.render import emit_json
 
 
@@ -48,10 +47,7 @@ def add(context: CliContext, name: str | None, labels: tuple[str, ...], lifetime
     body: dict[str, Any] = {"labels": dict(_pair(label) for label in labels)}
     if name:
         body["name"] = name
-    try:
-        body["lifetime_s"] = parse_duration_s(lifetime)
-    except ValueError as error:
-        raise ConfigError("usage.invalid", f"--lifetime: {error}") from error
+    body["lifetime_s"] = duration_s("--lifetime", lifetime)
     token = context.client.post("/api/v1/join-tokens", body)
     if context.json:
         emit_json(token)

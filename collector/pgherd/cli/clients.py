@@ -7,9 +7,8 @@ from pathlib import Path
 import click
 
 from pgherd.cli.main import CliContext
-from pgherd.cli.verb import moment, verb
+from pgherd.cli.verb import duration_s, moment, verb
 from pgherd.proto.errors import ConfigError
-from pgherd.runtime.config import parse_duration_s
 from pgherd.runtime.durable import publish
 from pgherd.runtime.render import emit_json
 
@@ -30,10 +29,7 @@ def issue(context: CliContext, name: str, directory: Path, lifetime: str) -> Non
     """Make a key and have the herd's CA sign a certificate for the OTLP client NAME."""
     from pgherd.runtime.keys import new_key
 
-    try:
-        lifetime_s = parse_duration_s(lifetime)
-    except ValueError as error:
-        raise ConfigError("usage.invalid", f"--lifetime: {error}") from error
+    lifetime_s = duration_s("--lifetime", lifetime)
     files = {kind: directory / kind for kind in ("client.key", "client.crt", "ca.crt")}
     taken = next((path for path in files.values() if path.exists()), None)
     if taken:

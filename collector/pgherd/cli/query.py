@@ -9,9 +9,7 @@ from typing import Any
 import click
 
 from pgherd.cli.main import CliContext
-from pgherd.cli.verb import verb
-from pgherd.proto.errors import ConfigError
-from pgherd.runtime.config import parse_duration_s
+from pgherd.cli.verb import duration_s, verb
 from pgherd.runtime.render import emit_json, table
 
 
@@ -25,10 +23,7 @@ def query(context: CliContext, expression: str, range_text: str | None, step: st
     if range_text is None:
         answer = context.client.get("/prometheus/api/v1/query", {"query": expression})
     else:
-        try:
-            span_s, step_s = parse_duration_s(range_text), parse_duration_s(step)
-        except ValueError as error:
-            raise ConfigError("usage.invalid", str(error)) from error
+        span_s, step_s = duration_s("--range", range_text), duration_s("--step", step)
         now_s = time.time_ns() / 1e9
         parameters = {"query": expression, "start": now_s - span_s, "end": now_s, "step": step_s}
         answer = context.client.get("/prometheus/api/v1/query_range", parameters)

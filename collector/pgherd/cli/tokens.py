@@ -5,9 +5,7 @@ from __future__ import annotations
 import click
 
 from pgherd.cli.main import CliContext
-from pgherd.cli.verb import moment, show, verb
-from pgherd.proto.errors import ConfigError
-from pgherd.runtime.config import parse_duration_s
+from pgherd.cli.verb import duration_s, moment, show, verb
 from pgherd.runtime.render import emit_json
 
 
@@ -23,10 +21,7 @@ def tokens() -> None:
 @verb
 def create(context: CliContext, name: str, scope: str, lifetime: str) -> None:
     """Make a token for NAME; it is shown once."""
-    try:
-        lifetime_s = parse_duration_s(lifetime)
-    except ValueError as error:
-        raise ConfigError("usage.invalid", f"--lifetime: {error}") from error
+    lifetime_s = duration_s("--lifetime", lifetime)
     token = context.client.post("/api/v1/tokens", {"name": name, "scope": scope, "lifetime_s": lifetime_s})
     if context.json:
         emit_json(token)

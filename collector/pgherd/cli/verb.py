@@ -11,6 +11,8 @@ from typing import Any, Concatenate, ParamSpec, cast
 import click
 
 from pgherd.cli.main import CliContext
+from pgherd.proto.errors import ConfigError
+from pgherd.runtime.config import parse_duration_s
 from pgherd.runtime.render import command_main, emit_json, table
 
 P = ParamSpec("P")
@@ -44,3 +46,11 @@ def show(context: CliContext, rows: Sequence[Mapping[str, Any]], columns: Sequen
 def moment(unix_ns: int | None) -> str | None:
     """Wall time for people: UTC, to the second; None stays unknown."""
     return datetime.fromtimestamp(unix_ns / 1e9, UTC).strftime("%Y-%m-%d %H:%M:%SZ") if unix_ns else None
+
+
+def duration_s(option: str, text: str) -> float:
+    """Seconds of an option's duration. Raises ConfigError usage.invalid naming the option."""
+    try:
+        return parse_duration_s(text)
+    except ValueError as error:
+        raise ConfigError("usage.invalid", f"{option}: {error}") from error

@@ -13,7 +13,7 @@ from pgherd.collector.config import DEFAULT_FILE, ENVIRONMENT_PREFIX, CollectorC
 from pgherd.runtime.clock import SystemClock
 from pgherd.runtime.config import Loaded, load
 from pgherd.runtime.logging import configure
-from pgherd.runtime.render import command_main, emit_json, table
+from pgherd.runtime.render import command_main, emit_json, show_settings
 
 
 class CollectorContext:
@@ -120,12 +120,9 @@ def config_check(context: CollectorContext, as_json: bool) -> None:
 @click.pass_obj
 def config_show(context: CollectorContext, origin: bool, as_json: bool) -> None:
     """Print every setting as it is in force."""
+    as_json = as_json or context.json
 
     def body() -> None:
-        rows = [{"key": key, "value": value, "origin": where} for key, value, where in context.loaded.show()]
-        if as_json or context.json:
-            emit_json(rows)
-        else:
-            table(rows, [("key", "KEY"), ("value", "VALUE"), *([("origin", "ORIGIN")] if origin else [])])
+        show_settings(context.loaded.show(), origin=origin, as_json=as_json)
 
-    sys.exit(command_main(body, as_json=as_json or context.json))
+    sys.exit(command_main(body, as_json=as_json))

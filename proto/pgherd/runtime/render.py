@@ -68,6 +68,15 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Iterable[tuple[str, str]])
     Console(highlight=False, markup=False).print(sheet)
 
 
+def show_settings(leaves: Sequence[tuple[str, object, str]], *, origin: bool, as_json: bool) -> None:
+    """`config show`: every setting as it is in force (from `Loaded.show`), with where it came from if asked."""
+    rows = [{"key": key, "value": value, "origin": where} for key, value, where in leaves]
+    if as_json:
+        emit_json(rows)
+    else:
+        table(rows, [("key", "KEY"), ("value", "VALUE"), *([("origin", "ORIGIN")] if origin else [])])
+
+
 def _cell(value: object) -> str:
     if value is None:
         return "unknown"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
+from pgherd.agent.answering import answering
 from pgherd.agent.backup.dump import Progress as ProgressPort
 from pgherd.agent.backup.repository import Entry, NodeRepository, Unreadable, open_repository
 from pgherd.agent.backup.restore import RestoreSettings, restore_to_directory, restore_to_scratch, scratch_parent
@@ -25,11 +24,11 @@ from pgherd.postgres.connection import Target
 from pgherd.postgres.os_user import server_user
 from pgherd.proto.codes import Exit
 from pgherd.proto.commands import check_backup_name, check_directory_name
-from pgherd.proto.errors import DeniedError, PgherdError
+from pgherd.proto.errors import DeniedError
 from pgherd.runtime.clock import SystemClock
-from pgherd.runtime.durable import exclusive_lock, private_directory, publish_json, read_secret
+from pgherd.runtime.durable import private_directory, read_secret
 from pgherd.runtime.logging import configure as configure_logging
-from pgherd.runtime.render import Progress, command_main, emit_json, emit_json_line, human_bytes, table
+from pgherd.runtime.render import Progress, command_main, emit_json, human_bytes, table
 from pgherd.storage.manifest import summary
 
 Result = Mapping[str, Any]
@@ -237,13 +236,13 @@ def _run_verb(
     as_json = as_json or context.json
 
     def body() -> int:
-        with _answering(result_file, ndjson=ndjson) as answer:
+        with answering(result_file, ndjson=ndjson) as answer:
             progress = Progress(ndjson=ndjson)
             try:
                 result = work(context.node(alias), progress)
             finally:
                 progress.close()
-            answer({"result": dict(result)})
+            answer(result)
         if as_json and not ndjson:
             emit_json(result)
         elif not ndjson:
@@ -251,37 +250,3 @@ def _run_verb(
         return Exit.PARTIAL if result.get("complete") is False else Exit.OK
 
     sys.exit(command_main(body, as_json=as_json or ndjson))
-
-
-@contextlib.contextmanager
-def _answering(result_file: Path | None, *, ndjson: bool) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Publish the one last document, result or error, to the result file and as the last line.
-
-    The lock beside the result file tells a restarted agent that we are alive. SIGTERM unwinds, so
-    that servers, workspaces and half-written backups go.
-    """
-
-    def terminate(signum: int, frame: object) -> None:
-        raise SystemExit(128 + signum)
-
-    def answer(document: Mapping[str, Any]) -> None:
-        if result_file is not None:
-            publish_json(result_file, document)
-        if ndjson:
-            emit_json_line(document)
-
-    previous = signal.signal(signal.SIGTERM, terminate)
-    lock = (
-        exclusive_lock(result_file.with_name(f"{result_file.name}.lock"), f"the result {result_file}")
-        if result_file is not None
-        else contextlib.nullcontext()
-    )
-    try:
-        with lock:
-            try:
-                yield answer
-            except PgherdError as error:
-                answer({"error": error.as_dict()})
-                raise
-    finally:
-        signal.signal(signal.SIGTERM, previous)
