@@ -108,7 +108,14 @@ def test_large_objects_of_others_are_found_and_the_remedy_works(postgres: Server
         postgres.execute(before["grants.large_objects"]["remedy"])
         _, after = check(postgres.conninfo(role, database))
         assert "grants.large_objects" not in after
-        argv: list[str | Path] = [postgres.binaries.program("pg_dump"), "-Fc", "-f", tmp_path / "dump", "-d", postgres.conninfo(role, database)]
+        argv: list[str | Path] = [
+            postgres.binaries.program("pg_dump"),
+            "-Fc",
+            "-f",
+            tmp_path / "dump",
+            "-d",
+            postgres.conninfo(role, database),
+        ]
         run(argv, timeout_s=60).require_success(warnings_allowed=False)
     finally:
         postgres.execute(f'DROP OWNED BY "{role}"; DROP ROLE "{role}"', dbname=database)
