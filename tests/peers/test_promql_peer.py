@@ -18,21 +18,18 @@ import math
 import os
 import random
 import shutil
-import socket
-import subprocess
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from pgherd.collector.api.prometheus_json import encode_result, format_value
+from pgherd.collector.api.prometheus_json import encode_result
 from pgherd.promql.engine import evaluate_instant, evaluate_range
 from pgherd.promql.values import Value
 from pgherd.proto.errors import PgherdError
 from support.memory_series import MemorySeries
-from support.waiting import wait_until
+from support.prometheus import Dataset, prometheus
 
 pytestmark = [
     pytest.mark.peers,
@@ -46,9 +43,6 @@ SEED = int(os.environ.get("PGHERD_PEER_SEED", "20261123"))
 QUERIES = int(os.environ.get("PGHERD_PEER_QUERIES", "300"))
 START_S = 1_700_000_000
 SPAN_S = 5_400
-
-# Both sides get these samples: (metric, labels) → [(ms, value)].
-Dataset = Mapping[tuple[str, tuple[tuple[str, str], ...]], list[tuple[int, float]]]
 
 
 def _dataset(rng: random.Random) -> Dataset:
@@ -97,55 +91,9 @@ def ours(dataset: Dataset) -> MemorySeries:
 
 @pytest.fixture(scope="module")
 def peer(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """A Prometheus over blocks made of the data set, on a free loopback port."""
-    directory = tmp_path_factory.mktemp("prometheus")
-    _write_blocks(dataset, directory)
-    config = directory / "prometheus.yml"
-    config.write_text("global:\n  scrape_interval: 1h\n")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    arguments = [
-        "prometheus",
-        f"--config.file={config}",
-        f"--storage.tsdb.path={directory / 'data'}",
-        "--storage.tsdb.retention.time=100y",
-        f"--web.listen-address=127.0.0.1:{port}",
-        "--log.level=warn",
-    ]
-    with (directory / "log").open("wb") as log, subprocess.Popen(arguments, stdout=log, stderr=log) as process:
-        try:
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20, trust_env=False) as client:
-                wait_until(lambda: _is_ready(client), 30, "Prometheus to be ready")
-                yield client
-        finally:
-            process.terminate()
-            process.wait(20)
-
-
-def _write_blocks(dataset: Dataset, directory: Path) -> None:
-    lines: list[str] = []
-    for metric in sorted({metric for metric, _ in dataset}):
-        lines.append(f"# TYPE {metric} unknown")
-        for (name, labels), samples in dataset.items():
-            if name == metric:
-                shown = ",".join(f'{label}="{value}"' for label, value in labels)
-                lines += [f"{metric}{{{shown}}} {format_value(value)} {ms / 1000:.3f}" for ms, value in samples]
-    text = directory / "samples.om"
-    text.write_text("\n".join([*lines, "# EOF", ""]))
-    subprocess.run(
-        ["promtool", "tsdb", "create-blocks-from", "openmetrics", str(text), str(directory / "data")],
-        check=True,
-        capture_output=True,
-        timeout=60,
-    )
-
-
-def _is_ready(client: httpx.Client) -> bool:
-    try:
-        return client.get("/-/ready").status_code == 200
-    except httpx.TransportError:
-        return False
+    """A Prometheus that holds the data set."""
+    with prometheus(dataset, tmp_path_factory.mktemp("prometheus")) as client:
+        yield client
 
 
 class Expressions:

@@ -1,0 +1,104 @@
+"""`make bench`: what pgherd costs and how fast it is, beside its peers where they are installed. Asserts nothing.
+
+    python tests/perf/bench.py [--quick] [--json]
+
+Each part is a program of its own in this folder; figures of peers come from the same run on the same machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).resolve().parent
+DEMO = HERE.parents[1] / "deploy" / "demo" / "demo.py"
+MIB = 1 << 20
+
+
+def run(program: Path, *arguments: str) -> dict[str, Any]:
+    """The JSON document that a part prints; its progress goes through to stderr."""
+    finished = subprocess.run([sys.executable, str(program), *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    document: dict[str, Any] = json.loads(finished.stdout)
+    return document
+
+
+def rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(what, figure, beside it)"""
+    ingest, sampling, query, backup, demo = (report[part] for part in ("ingest", "sampling", "query", "backup", "demo"))
+    table = [
+        (
+            "ingest, durable ack over gRPC",
+            f"{ingest['points_per_s']:,.0f} points/s",
+            f"{ingest['agents']} agents × {ingest['points_per_request']} points",
+        ),
+        ("ingest, server's memory", f"{ingest['server_rss_bytes'] / MIB:.0f} MiB", "store and service alone"),
+        (
+            "sampling cycle, p50 / p95",
+            f"{sampling['cycle_p50_ms']:.1f} / {sampling['cycle_p95_ms']:.1f} ms",
+            f"PostgreSQL {sampling['major']}",
+        ),
+        ("sampling, CPU of the agent", f"{sampling['cpu_share_at_10s']:.2%} of a core", "at one cycle in 10 s"),
+        ("sampling, resident memory", f"{sampling['rss_bytes'] / MIB:.1f} MiB", "target 64 MiB"),
+    ]
+    for name, figures in query["queries"].items():
+        peer = (
+            f"Prometheus {figures['prometheus_ms']} ms, ratio {figures['ratio']}"
+            if "ratio" in figures
+            else "no Prometheus here"
+        )
+        table.append((f"query, {name}", f"{figures['pgherd_ms']} ms", peer))
+    table += [
+        (
+            "backup with fingerprint",
+            f"{backup['backup_s']:.1f} s",
+            f"pg_dump | zstd {backup['pg_dump_zstd_s']:.1f} s, ratio {backup['backup_to_pg_dump_zstd_ratio']}",
+        ),
+        ("fingerprint's share of the backup", f"{backup['fingerprint_to_backup_ratio']:.0%}", ""),
+        (
+            "restore and compare",
+            f"{backup['restore_and_compare_s']:.1f} s",
+            f"{backup['archive_bytes'] / MIB:.0f} MiB of archive",
+        ),
+    ]
+    for process in demo["processes"]:
+        memory = f"{process['resident_bytes'] / MIB:.0f} MiB, with children at most {process['peak_bytes_with_children'] / MIB:.0f} MiB"
+        table.append(
+            (f"demo, {process['name']}", memory, f"{process['cpu_share_of_one_core']:.1%} of a core, sampling every second")
+        )
+    return table
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="short runs, rough figures")
+    parser.add_argument("--json", action="store_true", help="print the parts' documents instead of the table")
+    options = parser.parse_args()
+    quick = options.quick
+    report = {
+        "ingest": run(HERE / "bench_ingest.py", "--seconds", "5" if quick else "20"),
+        "sampling": run(HERE / "bench_sampling.py", "--cycles", "50" if quick else "200"),
+        "query": run(HERE / "bench_query.py", "--series", "200" if quick else "1000"),
+        "backup": run(HERE / "bench_backup.py", "--rows", "200000" if quick else "2000000"),
+        "demo": run(DEMO, "--for", "60s", "--json"),
+    }
+    if options.json:
+        print(json.dumps(report, indent=2))
+        return 0
+    sheet = Table(box=None, header_style="bold")
+    for heading in ("WHAT", "MEASURED", "BESIDE IT"):
+        sheet.add_column(heading)
+    for row in rows(report):
+        sheet.add_row(*row)
+    Console(highlight=False, markup=False, width=130).print(sheet)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
