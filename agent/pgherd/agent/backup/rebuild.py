@@ -174,8 +174,8 @@ def compare(work: Rebuilding) -> Comparison:
         f"database {name}: {reason}" for name, print_ in recorded.databases.items() for reason in obstacles(print_, found[name])
     ]
     return Comparison(
-        tables=sum(len(print_.tables) for print_ in found.values()),
-        rows=sum(print_.rows for print_ in found.values()),
+        tables=sum(len(print_.tables) for print_ in recorded.databases.values()),
+        rows=sum(print_.rows for print_ in recorded.databases.values()),
         obstacles=tuple(reasons),
     )
 
