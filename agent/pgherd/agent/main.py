@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 from pgherd.agent.context import AgentContext
+from pgherd.runtime.logging import configure
 from pgherd.runtime.render import command_main, emit_json, show_settings, table
 
 # Verb → where its click command lives. Loaded on use: `pgherd-agent sql` needn't import gRPC.
@@ -49,6 +50,7 @@ class LazyGroup(click.Group):
 @click.pass_context
 def agent(ctx: click.Context, config_file: Path | None, state_directory: Path | None, as_json: bool) -> None:
     """The agent beside a PostgreSQL server: samples it, backs it up, restores it."""
+    configure(level="warning")  # to stderr: stdout belongs to results; `run` sets its own
     flags: dict[str, object] = {"state_directory": str(state_directory.absolute())} if state_directory else {}
     ctx.obj = AgentContext(config_file=config_file.absolute() if config_file else None, json=as_json, flags=flags)
 

@@ -18,6 +18,7 @@ import click
 from pgherd.cli.client import Address, Client
 from pgherd.proto.codes import Exit
 from pgherd.proto.errors import ConfigError
+from pgherd.runtime.logging import configure
 from pgherd.runtime.render import render_error
 
 _VERBS = ("agents", "alerts", "backups", "clients", "commands", "nodes", "query", "tokens")
@@ -72,6 +73,7 @@ class _Verbs(click.Group):
 @click.pass_context
 def pgherd(ctx: click.Context, url: str | None, socket: Path | None, token_file: Path | None, as_json: bool) -> None:
     """Watch over a herd of PostgreSQL servers: nodes, backups, alerts, commands."""
+    configure(level="warning")  # to stderr: stdout belongs to results
     ctx.obj = CliContext(url=url, socket=socket, token_file=token_file, json=as_json)
 
 
