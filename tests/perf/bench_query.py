@@ -33,7 +33,7 @@ from pgherd.runtime.clock import SystemClock
 from pgherd.storage.series.batch import Batch, layout_of
 from pgherd.storage.series.store import SeriesSettings, SeriesStore
 from support.asgi import AsgiClient
-from support.prometheus import prometheus
+from support.prometheus import Dataset, prometheus
 
 STEP_S = 15
 QUERIES = {
@@ -86,7 +86,7 @@ def main() -> int:
         peer = None
         if shutil.which("prometheus") and shutil.which("promtool"):
             (directory / "peer").mkdir()
-            dataset = {
+            dataset: Dataset = {
                 ("bench_total", (("node", f"n{i % 20}"), ("series", str(i)))): list(
                     zip(times_ms.tolist(), values[:, i].tolist(), strict=True)
                 )
