@@ -14,9 +14,11 @@ import psycopg
 import pytest
 
 from pgherd.postgres.binaries import Binaries, client_for, exactly, installed, staged
+from pgherd.postgres.control_data import read_control_data
 from pgherd.postgres.os_user import server_user
 from pgherd.postgres.scratch import scratch_server, sweep, workspace
 from pgherd.proto.errors import ConfigError, PreconditionError
+from pgherd.proto.lsn import Timeline
 from support.postgres import PARENT, Pair, Server, default_major, majors
 from support.waiting import wait_until
 
@@ -38,6 +40,20 @@ def test_a_scratch_server_runs_and_leaves_nothing(major: int) -> None:
             pid = server.process.pid
         assert not psutil.pid_exists(pid)
         assert list(parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("major", majors())
+def test_control_data_is_read_from_a_running_server(major: int) -> None:
+    with (
+        workspace(PARENT) as parent,
+        scratch_server(exactly(major), parent=parent, user=USER) as server,
+        psycopg.connect(server.conninfo()) as connection,
+    ):
+        row = connection.execute("SELECT system_identifier::text FROM pg_control_system()").fetchone()
+        control = read_control_data(server.binaries, server.data_directory)
+    assert (control.system_identifier,) == row
+    assert (control.state, control.timeline, control.checksums) == ("in production", Timeline(1), True)
+    assert control.wal_segment_bytes == 16 << 20
 
 
 def test_a_failed_start_tells_why_and_leaves_nothing() -> None:
