@@ -43,20 +43,17 @@ def _redact_event(_logger: object, _method: str, event: MutableMapping[str, Any]
     return event
 
 
-class _LossyStream:
-    """A text stream that loses lines instead of failing: a full disk below the log must not stop the agent."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+class _LossyStderr:
+    """stderr as it is now, losing lines instead of failing: a full disk below the log must not stop the agent."""
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):
-            return self._stream.write(text)
+        with contextlib.suppress(OSError, ValueError):  # ValueError: closed
+            return sys.stderr.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self._stream.flush()
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
 
 
 def configure(*, level: str = "info", json: bool | None = None) -> None:
@@ -64,6 +61,7 @@ def configure(*, level: str = "info", json: bool | None = None) -> None:
 
     `json=None` chooses JSON unless stderr is a terminal.
     """
+    stderr = cast(TextIO, _LossyStderr())
     as_json = json if json is not None else not sys.stderr.isatty()
     processors: list[Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -76,10 +74,10 @@ def configure(*, level: str = "info", json: bool | None = None) -> None:
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(file=cast(TextIO, _LossyStream(sys.stderr))),
-        cache_logger_on_first_use=True,
+        logger_factory=structlog.PrintLoggerFactory(file=stderr),
+        cache_logger_on_first_use=False,  # a later `configure` (a verb's, after its group's) must count
     )
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s", force=True)
+    logging.basicConfig(level=logging.WARNING, stream=stderr, format="%(levelname)s %(name)s %(message)s", force=True)
 
 
 def get_logger(name: str) -> FilteringBoundLogger:
