@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import re
 import signal
 import sys
 import tempfile
@@ -27,7 +28,6 @@ from servers import pair
 from story import Story
 from view import picture
 
-from pgherd.postgres.os_user import server_user
 from pgherd.postgres.scratch import sweep, workspace
 from pgherd.proto.errors import PgherdError
 from pgherd.runtime.config import parse_duration_s
@@ -86,7 +86,9 @@ def keep_picture(running: Herd, story: Story, file: Path) -> None:
     """The view as SVG, for the README."""
     recorder = Console(record=True, width=110, file=io.StringIO())
     recorder.print(picture(running, story))
-    file.write_text(recorder.export_svg(title="make demo"), encoding="utf-8")
+    svg = recorder.export_svg(title="make demo")
+    svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)  # it would fetch fonts from elsewhere
+    file.write_text(svg.replace("Fira Code", "DejaVu Sans Mono"), encoding="utf-8")
 
 
 def run(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
@@ -98,7 +100,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
         directory = stack.enter_context(workspace(PARENT))
         console.print("starting PostgreSQL …", style="dim")
         servers = stack.enter_context(pair(directory))
-        running = stack.enter_context(herd(directory, servers, server_user("postgres", "nobody").name))
+        running = stack.enter_context(herd(directory, servers))
         story = Story(running)
         with measuring(running):
             story.begin()

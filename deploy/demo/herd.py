@@ -57,7 +57,6 @@ interval = "1s"
 enabled = {backups}
 repository = "{directory}/repository"
 scratch_directory = "{directory}/scratch"
-scratch_user = "{scratch_user}"
 [[nodes]]
 alias = "{name}"
 cluster = "demo"
@@ -173,7 +172,7 @@ def _ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def herd(directory: Path, pair: Pair, scratch_user: str) -> Iterator[Herd]:
+def herd(directory: Path, pair: Pair) -> Iterator[Herd]:
     """A configured herd with nothing of ours started yet; on leaving, everything that runs is stopped."""
     webhook = Webhook()
     ports = dict(zip(("http", "grpc", "enrol"), _ports(3), strict=True))
@@ -187,7 +186,6 @@ def herd(directory: Path, pair: Pair, scratch_user: str) -> Iterator[Herd]:
             host=server.host,
             port=server.port,
             bin_directory=pair.binaries.bin_directory,
-            scratch_user=scratch_user,
             backups="true" if server is pair.primary else "false",
         )
         (directory / f"agent-{server.name}.toml").write_text(text, encoding="utf-8")

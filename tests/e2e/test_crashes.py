@@ -11,7 +11,6 @@ from herd import Herd, herd
 from servers import pair
 from story import until
 
-from pgherd.postgres.os_user import server_user
 from pgherd.postgres.scratch import sweep, workspace
 from support.waiting import wait_until
 
@@ -23,8 +22,7 @@ def running_herd() -> Iterator[Herd]:
     from demo import PARENT
 
     sweep(PARENT)
-    user = server_user("postgres", "nobody").name
-    with workspace(PARENT) as directory, pair(directory) as servers, herd(directory, servers, user) as running:
+    with workspace(PARENT) as directory, pair(directory) as servers, herd(directory, servers) as running:
         running.start_collector()
         for server in (servers.primary, servers.standby):
             running.join(server)
