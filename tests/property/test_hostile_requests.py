@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import functools
+import json
 import tempfile
 import uuid
 from pathlib import Path
 
+import httpx
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pgherd.collector.identity.ca import CertificateAuthority, requested_key
+from pgherd.collector.identity.enrol import enrolment_app
 from pgherd.collector.identity.peer import PeerKind, read_peer
+from pgherd.proto.enrolment import JOIN_PATH, RENEW_PATH
 from pgherd.proto.errors import PgherdError
-from support.identity import request_pem
+from support.identity import Herd, request_pem
 
 NOW_UNIX_NS = 1_900_000_000 * 1_000_000_000
 
@@ -180,3 +185,50 @@ def _der(pem: str) -> bytes:
 def _point(key: ec.EllipticCurvePublicKey) -> bytes:
     numbers = key.public_numbers()
     return numbers.x.to_bytes(32, "big") + numbers.y.to_bytes(32, "big")
+
+
+_VALUES = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-(2**70), 2**70),
+        st.floats(),
+        st.text(st.characters(exclude_categories=()), max_size=60),  # halves of surrogate pairs too
+        st.just(request_pem()),
+    ),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
+    max_leaves=6,
+)
+_MEMBERS = ("token_id", "token_secret", "csr", "facts", "certificate", "signature", "unix_ns")
+_BODIES = st.one_of(
+    st.binary(max_size=60),
+    st.dictionaries(st.sampled_from(_MEMBERS), _VALUES).map(lambda body: json.dumps(body).encode()),
+    st.fixed_dictionaries(dict.fromkeys(_MEMBERS, _VALUES)).map(lambda body: json.dumps(body).encode()),
+    st.fixed_dictionaries(
+        {name: st.text(st.characters(exclude_categories=()), min_size=1, max_size=9) for name in _MEMBERS}
+        | {"csr": st.just(request_pem()), "unix_ns": st.integers()}
+    ).map(lambda body: json.dumps(body).encode()),
+)
+
+
+def test_no_body_of_a_stranger_gives_a_500(tmp_path: Path) -> None:
+    herd = Herd.create(tmp_path / "herd")
+    app = enrolment_app(herd.enrolment, grpc_address="localhost:1", clock=herd.clock)
+
+    async def status(path: str, body: bytes) -> int:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="https://x") as client:
+            return (await client.post(path, content=body)).status_code  # an exception of the application comes through
+
+    @settings(max_examples=60, deadline=None)
+    @given(path=st.sampled_from([JOIN_PATH, RENEW_PATH]), body=_BODIES)
+    @example(
+        path=JOIN_PATH, body=b'{"token_id": "\\ud800", "token_secret": "x", "csr": ' + json.dumps(request_pem()).encode() + b"}"
+    )
+    @example(
+        path=JOIN_PATH, body=b'{"token_id": "x", "token_secret": "\\udfff", "csr": ' + json.dumps(request_pem()).encode() + b"}"
+    )
+    def check(path: str, body: bytes) -> None:
+        assert asyncio.run(status(path, body)) in {400, 401, 403, 429, 503}
+
+    check()
+    herd.close()

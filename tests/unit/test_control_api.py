@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
@@ -97,7 +98,15 @@ def test_requests_that_are_refused(tmp_path: Path) -> None:
                 assert answer.headers["content-type"] == "application/problem+json"
             denied = await client.post("/api/v1/commands", json=good, headers={"scope": "viewer"})
             assert (denied.status_code, denied.json()["code"]) == (403, "auth.scope")
-            for path in ("/api/v1/commands?cursor=nonsense", "/api/v1/commands?limit=0", "/api/v1/commands?state=odd"):
+            beyond = [
+                base64.urlsafe_b64encode(text.encode()).decode().rstrip("=") for text in ("9" * 30, "²", "-1", f"{2**63}")
+            ]
+            for path in (
+                *(f"/api/v1/commands?cursor={cursor}" for cursor in beyond),
+                "/api/v1/commands?cursor=nonsense",
+                "/api/v1/commands?limit=0",
+                "/api/v1/commands?state=odd",
+            ):
                 assert (await client.get(path)).json()["code"] == "usage.invalid", path
             missing = await client.get("/api/v1/commands/none")
             assert (missing.status_code, missing.json()["code"]) == (404, "command.not_found")

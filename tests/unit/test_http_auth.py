@@ -17,7 +17,7 @@ import httpx
 import pytest
 import uvicorn
 from fastapi import Depends, FastAPI
-from sqlalchemy import select, update
+from sqlalchemy import event, select, update
 
 from pgherd.collector.api.auth import Actor, Authenticator, require
 from pgherd.collector.api.identity import identity_router
@@ -27,8 +27,10 @@ from pgherd.collector.api.socketpeer import PeerCredentialProtocol
 from pgherd.collector.identity.apitokens import Scope, create_api_token, list_api_tokens
 from pgherd.collector.identity.peer import PeerKind, read_peer
 from pgherd.proto.enrolment import JoinToken
+from pgherd.proto.errors import TransientError
 from pgherd.runtime.keys import new_key
 from pgherd.storage.control.schema import api_tokens, audit
+from pgherd.storage.control.store import ControlStore, sqlite_engine
 from support.identity import Herd, served
 
 Viewer = Annotated[Actor, Depends(require("viewer"))]
@@ -196,6 +198,24 @@ def test_last_used_isn_t_written_at_every_request(service: Service) -> None:
     service.tcp.get("/view", headers=headers)
     with service.herd.store.read() as connection:
         assert connection.execute(select(api_tokens.c.last_used_unix_ns)).scalar_one() > mark
+
+
+def test_reading_goes_on_while_the_store_can_t_be_written(service: Service) -> None:
+    """A full disk is when dashboards are needed most; noting a token's use mustn't take them away."""
+    headers = service.token(Scope.VIEWER)
+
+    def full(connection: object, _record: object) -> None:
+        connection.execute("PRAGMA query_only = ON")  # type: ignore[attr-defined]
+
+    engine = sqlite_engine(service.herd.store.path)
+    event.listen(engine, "connect", full)
+    unwritable = ControlStore(engine, service.herd.store.path)
+    with pytest.raises(TransientError), unwritable.begin() as connection:
+        connection.execute(update(api_tokens).values(last_used_from="x"))
+    service.app.state.authenticator = Authenticator(unwritable, service.herd.clock)
+    for _ in range(2):
+        assert service.tcp.get("/view", headers=headers).json()["scope"] == "viewer"
+    unwritable.close()
 
 
 _ASK = """

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import os
 import signal
-import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -54,6 +51,8 @@ from pgherd.collector.identity.registry import StoredStandings
 from pgherd.collector.identity.server import ServerCertificate
 from pgherd.collector.ingest.admit import AdmitLimits
 from pgherd.collector.ingest.service import MetricsService, ServiceSettings
+from pgherd.collector.listeners import Limits as ConnectionShares
+from pgherd.collector.listeners import raise_descriptor_limit, tcp_listener, unix_listener
 from pgherd.collector.setup import Layout
 from pgherd.promql.engine import Limits
 from pgherd.promql.parse import parse
@@ -73,6 +72,7 @@ _log = get_logger(__name__)
 
 # Hygiene: a connection is renewed now and then, so that nothing depends on one that lives for ever.
 _CONNECTION_AGE_MAX_S = 1800
+_HANDSHAKE_TIMEOUT_S = 20  # a connection without TLS is nobody's
 _STOP_GRACE_S = 3.0
 
 
@@ -95,50 +95,6 @@ def _receiver(config: ReceiverConfig, external_url: str) -> Receiver:
             "config.invalid", f"receiver {config.name} needs url or url_file with an http address", key="alerts.receivers"
         )
     return WebhookReceiver(config.name, url, timeout_s=config.timeout, external_url=external_url)
-
-
-def _listener(address: str, what: str, *, loopback_only: bool = False) -> socket.socket:
-    """A bound TCP socket. Raises ConfigError config.invalid, PreconditionError state.locked when the port is taken."""
-    host, port = split_address(address)
-    if loopback_only and not _is_loopback(host):
-        raise ConfigError(
-            "config.invalid",
-            f"{what}: {address} can be reached from outside, and this port speaks plain HTTP",
-            hint="keep it on loopback and put a TLS proxy in front",
-            key=what,
-        )
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise PreconditionError(
-            "state.locked", f"{what}: can't listen on {address}: {error.strerror}", hint="see who listens there (ss -ltnp)"
-        ) from error
-    return listener
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-@contextlib.contextmanager
-def _unix_listener(path: Path) -> Iterator[socket.socket]:
-    """The local CLI's socket: everybody may connect, the kernel says who it is, auth.py decides."""
-    path.unlink(missing_ok=True)  # ours: the state directory's lock is held
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        listener.bind(str(path))
-        path.chmod(0o666)
-        yield listener
-    finally:
-        listener.close()
-        path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +222,7 @@ class Collector:
         )
 
     @contextlib.asynccontextmanager
-    async def _grpc_server(self) -> AsyncIterator[None]:
+    async def _grpc_server(self, connections_max: int) -> AsyncIterator[None]:
         server = grpc.aio.server(
             interceptors=[PeerInterceptor(self.gate)],
             options=[
@@ -274,6 +230,8 @@ class Collector:
                 ("grpc.max_receive_message_length", self._config.grpc.request_bytes_max + 1024),
                 ("grpc.max_connection_age_ms", _CONNECTION_AGE_MAX_S * 1000),
                 ("grpc.max_connection_age_grace_ms", 30_000),
+                ("grpc.server_handshake_timeout_ms", _HANDSHAKE_TIMEOUT_S * 1000),
+                ("grpc.max_allowed_incoming_connections", connections_max),
                 ("grpc.keepalive_time_ms", 20_000),
                 ("grpc.keepalive_timeout_ms", 10_000),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
@@ -298,17 +256,18 @@ class Collector:
 
     async def serve(self, stop: asyncio.Event, started: Callable[[], None] = lambda: None) -> None:
         """Run until `stop` is set, then end: no new work, the running finished, the stores closed by the caller."""
-        config = self._config
+        config, shares = self._config, ConnectionShares.of(raise_descriptor_limit())
         _, grpc_port = split_address(config.grpc.listen)
         http = self._http_server()
         app = enrolment_app(self.enrolment, grpc_address=join_address(config.enrol.names[0], grpc_port), clock=self._clock)
         enrol = strangers_server(app, self.certificate.ssl_context())
         await asyncio.to_thread(self.evaluator.restore)
         with contextlib.ExitStack() as sockets:
-            tcp = sockets.enter_context(contextlib.closing(_listener(config.http.listen, "http.listen", loopback_only=True)))
-            local = sockets.enter_context(_unix_listener(config.socket))
-            public = sockets.enter_context(contextlib.closing(_listener(config.enrol.listen, "enrol.listen")))
-            async with self._grpc_server(), asyncio.TaskGroup() as tasks:
+            http_listener = tcp_listener(config.http.listen, "http.listen", shares.http, loopback_only=True)
+            tcp = sockets.enter_context(contextlib.closing(http_listener))
+            local = sockets.enter_context(unix_listener(config.socket, shares.local))
+            public = sockets.enter_context(contextlib.closing(tcp_listener(config.enrol.listen, "enrol.listen", shares.enrol)))
+            async with self._grpc_server(shares.grpc), asyncio.TaskGroup() as tasks:
                 loops = [
                     tasks.create_task(coroutine, name=name)
                     for name, coroutine in (

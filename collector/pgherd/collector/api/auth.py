@@ -22,7 +22,10 @@ from pgherd.collector.api.socketpeer import PEER_UID
 from pgherd.collector.identity.apitokens import Scope, VerifiedToken, note_use, verify_api_token
 from pgherd.proto.clock import Clock
 from pgherd.proto.errors import DeniedError, TransientError
+from pgherd.runtime.logging import get_logger
 from pgherd.storage.control.store import ControlStore
+
+_log = get_logger(__name__)
 
 _STORE_TIMEOUT_S = 10.0
 _USE_NOTED_EVERY_NS = 60_000_000_000  # a write per request would be Grafana writing all day
@@ -84,8 +87,11 @@ class Authenticator:
         with self.store.read() as connection:
             token = verify_api_token(connection, text, now_unix_ns)
         if token.last_used_unix_ns is None or now_unix_ns - token.last_used_unix_ns > _USE_NOTED_EVERY_NS:
-            with self.store.begin() as connection:
-                note_use(connection, token.id, now_unix_ns=now_unix_ns, source=source)
+            try:
+                with self.store.begin() as connection:
+                    note_use(connection, token.id, now_unix_ns=now_unix_ns, source=source)
+            except TransientError as error:  # a full disk: the dashboards that show it must go on
+                _log.warning("auth.use_not_noted", token=token.id, error=error.message)
         return token
 
 

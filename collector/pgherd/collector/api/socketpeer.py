@@ -12,13 +12,13 @@ import socket
 import struct
 from typing import Any
 
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from pgherd.collector.api.serving import TimedProtocol
 
 PEER_UID = "pgherd_peer_uid"
 _UCRED = struct.Struct("3i")  # pid, uid, gid: unix(7)
 
 
-class PeerCredentialProtocol(H11Protocol):
+class PeerCredentialProtocol(TimedProtocol):
     """HTTP/1.1 that knows its local peers."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from pgherd.storage.control.schema import agents, backups, command_events, comma
 from pgherd.storage.control.store import ControlStore
 
 PAGE_MAX = 1000
+_NUMBER = re.compile(r"[0-9]{1,19}")
+_NUMBER_MAX = 2**63 - 1  # SQLite's
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +226,7 @@ def _open_cursor(cursor: str, parts: int, *, numbered: bool = False) -> list[str
         position = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode().split("\0")
     except (binascii.Error, UnicodeDecodeError, ValueError):
         position = []
-    if len(position) != parts or (numbered and not position[0].isdecimal()):
+    is_numbered = bool(position) and _NUMBER.fullmatch(position[0]) is not None and int(position[0]) <= _NUMBER_MAX
+    if len(position) != parts or (numbered and not is_numbered):
         raise ConfigError("usage.invalid", "not a cursor of this listing", hint="take next_cursor of the last page as it is")
     return position

@@ -123,7 +123,9 @@ async def _body(request: Request) -> dict[str, Any]:
                 content += chunk
                 if len(content) > BODY_BYTES_MAX:
                     raise PeerError("enrol.too_large", f"a body may have {BODY_BYTES_MAX} bytes", limit_bytes=BODY_BYTES_MAX)
+        content.decode()  # UTF-8 is the only encoding of JSON here (RFC 8259), not the ones that json guesses
         body = json.loads(content)
+        json.dumps(body, ensure_ascii=False).encode()  # an escaped half of a surrogate pair is no text to hash or store
     except (TimeoutError, ClientDisconnect) as error:
         raise ConfigError("usage.invalid", "the body didn't arrive in time") from error
     except (ValueError, RecursionError) as error:
