@@ -71,13 +71,20 @@ def main() -> int:
     )
     if guests:
         failures.append(f"the resident agent loads {', '.join(guests[:10])}")
-    for verb in (["pgherd-agent", "--help"], ["pgherd", "--help"]):
-        module = "pgherd.agent.main" if verb[0] == "pgherd-agent" else "pgherd.cli.main"
-        blocked = "".join(f"sys.modules[{name.replace('-', '_')!r}] = None; " for name in sorted(FORBIDDEN_IN_BASE))
-        code = f"import sys; {blocked} sys.argv = {verb!r}; from {module} import main; main()"
+    blocked = "".join(f"sys.modules[{name.replace('-', '_')!r}] = None; " for name in sorted(FORBIDDEN_IN_BASE))
+    for argv, status in (
+        (["pgherd-agent", "--help"], 0),
+        (["pgherd-agent", "sql", "--for", "monitor", "--major", "17"], 0),
+        (["pgherd", "--help"], 0),
+        (["pgherd", "collector", "init"], 2),  # says which extra it needs
+    ):
+        module = "pgherd.agent.main" if argv[0] == "pgherd-agent" else "pgherd.cli.main"
+        code = f"import sys; {blocked} sys.argv = {argv!r}; from {module} import main; main()"
         finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        if finished.returncode != 0:
-            failures.append(f"{' '.join(verb)} fails without the collector's libraries: {finished.stderr[-300:]}")
+        if finished.returncode != status or "Traceback" in finished.stderr:
+            failures.append(
+                f"{' '.join(argv)} without the collector's libraries: {finished.returncode} {finished.stderr[-300:]}"
+            )
     for failure in failures:
         print(f"light install: {failure}", file=sys.stderr)
     if not failures:

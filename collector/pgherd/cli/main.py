@@ -7,7 +7,6 @@ this package imports nothing of the collector.
 from __future__ import annotations
 
 import importlib
-import sys
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import entry_points
@@ -16,10 +15,7 @@ from pathlib import Path
 import click
 
 from pgherd.cli.client import Address, Client
-from pgherd.proto.codes import Exit
-from pgherd.proto.errors import ConfigError
 from pgherd.runtime.logging import configure
-from pgherd.runtime.render import render_error
 
 _VERBS = ("agents", "alerts", "backups", "clients", "commands", "nodes", "query", "tokens")
 _PLUGINS = "pgherd.commands"
@@ -50,16 +46,7 @@ class _Verbs(click.Group):
             command: click.Command = getattr(module, cmd_name)
             return command
         for point in entry_points(group=_PLUGINS, name=cmd_name):
-            try:
-                plugin: click.Command = point.load()
-            except ModuleNotFoundError as missing:
-                error = ConfigError(
-                    "config.missing_extra",
-                    f"`pgherd {cmd_name}` needs {missing.name}, which isn't installed",
-                    hint="pip install 'pgherd[collector]'",
-                )
-                render_error(error, as_json=False)
-                sys.exit(Exit.USAGE)
+            plugin: click.Command = point.load()
             return plugin
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from functools import cached_property
@@ -10,10 +11,14 @@ from pathlib import Path
 import click
 
 from pgherd.collector.config import DEFAULT_FILE, ENVIRONMENT_PREFIX, CollectorConfig
+from pgherd.proto.codes import Exit
+from pgherd.proto.errors import ConfigError
 from pgherd.runtime.clock import SystemClock
 from pgherd.runtime.config import Loaded, load
 from pgherd.runtime.logging import configure
-from pgherd.runtime.render import command_main, emit_json, show_settings
+from pgherd.runtime.render import command_main, emit_json, render_error, show_settings
+
+_LIBRARIES = ("alembic", "duckdb", "fastapi", "numpy", "promql_parser", "pyarrow", "sqlalchemy", "uvicorn", "yaml")
 
 
 class CollectorContext:
@@ -39,9 +44,23 @@ class CollectorContext:
 @click.pass_context
 def collector(ctx: click.Context, config_file: Path | None, state_directory: Path | None) -> None:
     """Make a herd and serve it."""
+    _require_libraries()
     flags: dict[str, object] = {"state_directory": str(state_directory.absolute())} if state_directory else {}
     as_json = bool(getattr(ctx.obj, "json", False))
     ctx.obj = CollectorContext(config_file.absolute() if config_file else None, flags, json=as_json)
+
+
+def _require_libraries() -> None:
+    """End with config.missing_extra when this is a base install: this command ships with it, its libraries don't."""
+    missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        error = ConfigError(
+            "config.missing_extra",
+            f"`pgherd collector` needs {', '.join(missing)}, which a base install doesn't bring",
+            hint="pip install 'pgherd[collector]'",
+        )
+        render_error(error, as_json=False)
+        sys.exit(Exit.USAGE)
 
 
 _json = click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
