@@ -17,7 +17,6 @@ import psutil
 import psycopg
 import pytest
 
-from pgherd.agent.backup.dump import require_young
 from pgherd.agent.backup.retain import retain
 from pgherd.proto.errors import IntegrityError, PgherdError, PreconditionError
 from pgherd.storage.manifest import MANIFEST_FORMAT, Manifest, parse_manifest, seal
@@ -141,13 +140,6 @@ def test_nobody_empties_a_table_between_fingerprint_and_dump(shop: Server, node:
     once = Once("fingerprint shop", strike)
     node.run(once)
     assert once.done
-
-
-def test_an_old_snapshot_ends_the_dump() -> None:
-    require_young(1000)
-    require_young(None)
-    with pytest.raises(PreconditionError, match="holds back vacuum"):
-        require_young(100_000_001)
 
 
 def test_databases_come_and_go(shop: Server, node: BackupNode) -> None:

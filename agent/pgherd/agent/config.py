@@ -62,6 +62,8 @@ class BackupConfig:
     keep: int = 168  # backups per node; the newest verified one is kept whatever this says
     timeout: Duration = 7200.0
     lock_wait_timeout: Duration = 30.0
+    give_way_after: Duration = 5.0  # a session that waits so long for a table's lock behind a backup ends the backup
+    free_min: Size = 1024 * 1024 * 1024  # stays free where backups and scratch servers write: PostgreSQL may live there too
     verify_after: bool = True  # read every backup back as soon as it is taken
     scratch_directory: Path | None = None  # for scratch servers; default: below the state directory
     # OS user of scratch servers when the agent runs as root; default: "pgherd-scratch" if it exists, else "nobody".

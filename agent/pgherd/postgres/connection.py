@@ -42,6 +42,9 @@ PINNED_SETTINGS: Mapping[str, str] = {
     "idle_in_transaction_session_timeout": "0",
     "idle_session_timeout": "0",
     "transaction_timeout": "0",
+    # A backend notices within a second that we are gone: without it the digest of a large table goes on for
+    # hours, with its locks and its snapshot, after we were killed (14+).
+    "client_connection_check_interval": "1s",
     "max_parallel_workers_per_gather": "0",
     "jit": "off",
     "synchronize_seqscans": "off",

@@ -121,8 +121,8 @@ UNION ALL
 SELECT 'memberships', format('%I in %I %s', m.rolname, g.rolname, a.admin_option)
 FROM pg_auth_members a JOIN pg_roles m ON m.oid = a.member JOIN pg_roles g ON g.oid = a.roleid
 UNION ALL
-SELECT 'role settings', format('%I %s', r.rolname, setting)
-FROM pg_db_role_setting g JOIN pg_roles r ON r.oid = g.setrole, unnest(g.setconfig) setting WHERE g.setdatabase = 0
+SELECT 'role settings', format('%s %s', CASE WHEN g.setrole = 0 THEN 'ALL' ELSE format('%I', r.rolname) END, setting)
+FROM pg_db_role_setting g LEFT JOIN pg_roles r ON r.oid = g.setrole, unnest(g.setconfig) setting WHERE g.setdatabase = 0
 """
 
 _COLLATIONS_SQL = """

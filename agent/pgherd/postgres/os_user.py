@@ -36,7 +36,7 @@ class OsUser:
     def own(self, path: Path) -> None:
         """Give `path` itself to this user (nothing to do when that's us)."""
         if self.dropped:
-            os.chown(path, self.uid, self.gid)
+            os.chown(path, self.uid, self.gid, follow_symlinks=False)
 
     def own_tree(self, root: Path) -> None:
         """Give `root` and everything below it to this user; symbolic links aren't followed."""

@@ -144,9 +144,29 @@ def write_settings(data_directory: Path, settings: Mapping[str, str], user: OsUs
     """Replace postgresql.conf by exactly `settings`, and empty postgresql.auto.conf."""
     lines = [f"{name} = '{value.replace(chr(39), chr(39) * 2)}'\n" for name, value in settings.items()]
     for name, text in (("postgresql.conf", "".join(lines)), ("postgresql.auto.conf", "")):
-        path = data_directory / name
-        path.write_text(text, encoding="utf-8")
-        user.own(path)
+        write_file(data_directory / name, text, user)
+
+
+def write_file(path: Path, text: str, user: OsUser) -> None:
+    """Replace a file of `user` in a directory of `user` (0600). Raises TransientError disk.io | disk.full.
+
+    What runs as that user, restored functions included, may have put a symbolic link there: a link is
+    replaced, never followed, since we may be root.
+    """
+    temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with open(fd, "w", encoding="utf-8") as file:
+            if user.dropped:
+                os.fchown(fd, user.uid, user.gid)
+            file.write(text)
+            file.flush()
+            os.fsync(fd)
+        temporary.rename(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise storage_error(error, path, "writing") from error
 
 
 def usable_by(binaries: Binaries, user: OsUser, directory: Path) -> Binaries:
@@ -240,7 +260,14 @@ class ScratchServer:
         """libpq keywords of a superuser connection; nothing secret in them."""
         from psycopg.conninfo import make_conninfo
 
-        return make_conninfo("", host=str(self.socket_directory), port=5432, user=self.superuser, dbname=dbname)
+        return make_conninfo(
+            "", host=str(self.socket_directory), port=5432, user=self.superuser, dbname=dbname, options=_SESSION_OPTIONS
+        )
+
+
+# Restored settings of databases and roles hold for our sessions, too: they must not make them read-only or
+# another role's, nor load a library into them.
+_SESSION_OPTIONS = "-c default_transaction_read_only=off -c role=none -c session_preload_libraries= -c local_preload_libraries="
 
 
 @contextlib.contextmanager

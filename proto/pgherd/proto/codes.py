@@ -187,6 +187,7 @@ _code(
     "The backup doesn't hold everything: a tool warned or something was unreadable. It never counts as verified.",
     exit_status=Exit.PARTIAL,
 )
+_code("backup.gave_way", Kind.TRANSIENT, "Somebody waited for a lock that the backup held, so the backup was ended.")
 _code("backup.not_found", Kind.PRECONDITION, "No backup of that name exists in the repository.", http=404)
 _code("backup.corrupt", Kind.INTEGRITY, "A part of the backup is missing or doesn't match its SHA-256.")
 _code("backup.content_differs", Kind.INTEGRITY, "The restored content isn't equal to the fingerprint taken with the backup.")

@@ -173,6 +173,7 @@ def restore_node(config: AgentConfig, node: NodeConfig, name: str, target: Path 
         user=user,
         bin_directory=node.bin_directory,
         timeout_s=config.backup.timeout,
+        free_min_bytes=config.backup.free_min,
     )
     repository = _repository(config, node)
     if target is None:
@@ -196,6 +197,8 @@ def _take_settings(config: AgentConfig, node: NodeConfig) -> TakeSettings:
         level=config.backup.level,
         timeout_s=config.backup.timeout,
         lock_wait_timeout_s=config.backup.lock_wait_timeout,
+        give_way_after_s=config.backup.give_way_after,
+        free_min_bytes=config.backup.free_min,
         role_passwords=config.backup.role_passwords,
     )
 

@@ -1,4 +1,5 @@
-"""One deadline over many blocking steps: a timer that breaks whatever is being waited for."""
+"""One end over many blocking steps: whatever is being waited for is broken when the time is up, or when a
+watcher finds that going on would harm somebody."""
 
 from __future__ import annotations
 
@@ -16,14 +17,17 @@ from pgherd.runtime.process import Child
 
 
 class Deadline:
-    """Started on entry; when the time is up, registered children are ended and connections cut."""
+    """Started on entry; when the time is up or `end` is called, registered children are ended and connections cut.
+
+    The block then leaves with the cause as its error.
+    """
 
     def __init__(self, timeout_s: float, what: str) -> None:
         self._timeout_s = timeout_s
         self._what = what
         self._breakers: list[Callable[[], object]] = []
         self._lock = threading.Lock()
-        self._expired = False
+        self._cause: PgherdError | None = None
         self._timer = threading.Timer(timeout_s, self._expire)
         self._timer.daemon = True
 
@@ -33,18 +37,27 @@ class Deadline:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._timer.cancel()
-        if self._expired and isinstance(error, PgherdError | OSError | ValueError):
-            raise TransientError(
-                "child.timeout", f"{self._what} didn't finish within {self._timeout_s:g} s", timeout_s=self._timeout_s
-            ) from error
+        if self._cause is not None and isinstance(error, PgherdError | OSError | ValueError):
+            raise self._cause from error
 
     @property
     def expired(self) -> bool:
-        return self._expired
+        """Whether everything inside is being broken: what fails now fails because of that."""
+        return self._cause is not None
 
     def _expire(self) -> None:
+        self.end(
+            TransientError(
+                "child.timeout", f"{self._what} didn't finish within {self._timeout_s:g} s", timeout_s=self._timeout_s
+            )
+        )
+
+    def end(self, cause: PgherdError) -> None:
+        """Break what is being waited for, because of `cause`. From any thread; the first cause counts."""
         with self._lock:
-            self._expired = True
+            if self._cause is not None:
+                return
+            self._cause = cause
             breakers = list(self._breakers)
         for breaker in breakers:
             breaker()
@@ -54,7 +67,7 @@ class Deadline:
         """While inside, `breaker` is called when the time is up (at once when it is up already)."""
         with self._lock:
             self._breakers.append(breaker)
-            late = self._expired
+            late = self._cause is not None
         if late:
             breaker()
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +13,26 @@ from psycopg import Connection
 from pgherd.agent.backup.deadline import Deadline
 from pgherd.agent.backup.parts import SUFFIXES, PartWriter
 from pgherd.agent.backup.source import DatabaseFacts, extensions, invalid_indexes
+from pgherd.agent.backup.watch import SnapshotWatch, watching
 from pgherd.postgres.binaries import Binaries
 from pgherd.postgres.connection import Target, connect
 from pgherd.postgres.content import fingerprint, lock_tables, plan_content
 from pgherd.postgres.fingerprint import Fingerprint
-from pgherd.proto.errors import PgherdError, PreconditionError
 from pgherd.runtime.process import clean_environment, running
 from pgherd.storage.manifest import Database, Part
 from pgherd.storage.objects.port import CHUNK_BYTES, ObjectStore
 
-XMIN_AGE_MAX = 100_000_000  # half of autovacuum_freeze_max_age: our snapshot never forces a freeze
-_XMIN_CHECK_INTERVAL_S = 30.0
 _LAST_WORDS_TIMEOUT_S = 60.0
+_SERVER_LOOK_INTERVAL_S = 2.0
+
+# What every connection to a database gets after an upgrade of libc or ICU. It is about the server, and no
+# row is missing for it: without this, no backup of such a server would ever count as complete. Any other
+# line is a warning, also those of the server (zero_damaged_pages says so when it throws pages away).
+_HARMLESS_RE = re.compile(
+    r'WARNING:  database ".*" has a collation version mismatch'
+    r"|DETAIL:  The database was created using collation version .* but the operating system provides version .*"
+    r"|HINT:  Rebuild all objects in this database that use the default collation and run ALTER DATABASE .* REFRESH COLLATION VERSION.*"
+)
 _PLAIN_NAME_RE = re.compile(r"[A-Za-z0-9_.-]{1,60}")
 
 Progress = Callable[[str, int, int, str], None]
@@ -42,6 +49,7 @@ class Writing:
     target: Target
     binaries: Binaries
     lock_wait_timeout_s: float
+    give_way_after_s: float
     deadline: Deadline
     progress: Progress
 
@@ -64,8 +72,9 @@ def stream_program(
     role: str,
     *,
     each_chunk: Callable[[int], None] = lambda count: None,
+    appendix: bytes = b"",
 ) -> tuple[Part, tuple[str, ...]]:
-    """Run a program and store its output as a part; (part, warnings on stderr).
+    """Run a program and store its output, then `appendix`, as a part; (part, warnings on stderr).
 
     The part becomes visible only if the program exited with 0. Raises PreconditionError child.failed,
     TransientError disk.full | disk.io | child.timeout.
@@ -81,8 +90,14 @@ def stream_program(
             finished = child.wait(_LAST_WORDS_TIMEOUT_S).require_success(
                 hint="read its last lines above; `pgherd-agent check` tells which grants are missing"
             )
+        sink.write(appendix)
         part = sink.finish(stored, role)
-    return part, tuple(f"{finished.program}: {line}" for line in finished.stderr_lines)
+    return part, judged_lines(finished.stderr_lines)
+
+
+def judged_lines(stderr_lines: Sequence[str]) -> tuple[str, ...]:
+    """Those lines of a dump program that make a backup incomplete."""
+    return tuple(line for line in stderr_lines if _HARMLESS_RE.fullmatch(line) is None)
 
 
 def stored_name(writing: Writing, name: str) -> str:
@@ -113,23 +128,23 @@ def dump_database(writing: Writing, facts: DatabaseFacts, number: int) -> Dumped
         ).fetchall()[0]
         plan = plan_content(connection)
         lock_tables(connection, plan)
-        guard = _SnapshotGuard(writing.target, facts.name, pid)
 
         def read(done: int, total: int) -> None:
-            guard.check()
             writing.progress(f"fingerprint {facts.name}", done, total, "tables")
 
-        print_ = fingerprint(connection, plan, progress=read)
-
         def dumped(count: int) -> None:
-            guard.check()
             writing.progress(f"dump {facts.name}", count, 0, "bytes")
 
         argv: list[str | Path] = [writing.binaries.program("pg_dump"), "-d", writing.target.of_database(facts.name)]
         argv += ["--format=custom", "--compress=0", f"--snapshot={snapshot}"]
         argv += [f"--lock-wait-timeout={int(writing.lock_wait_timeout_s * 1000)}"]
-        part, warnings = stream_program(writing, argv, part_name(facts, number), "database", each_chunk=dumped)
-        _require_alive(connection)
+        with (
+            SnapshotWatch(writing.target, facts.name, pid, writing.give_way_after_s, writing.deadline) as watch,
+            watching(writing.deadline, watch.look, interval_s=_SERVER_LOOK_INTERVAL_S),
+        ):
+            print_ = fingerprint(connection, plan, progress=read)
+            part, warnings = stream_program(writing, argv, part_name(facts, number), "database", each_chunk=dumped)
+            _require_alive(connection)
         return Dumped(
             database=Database(
                 name=facts.name,
@@ -158,36 +173,3 @@ def dump_database(writing: Writing, facts: DatabaseFacts, number: int) -> Dumped
 def _require_alive(connection: Connection[Any]) -> None:
     """The transaction that held the snapshot and the locks must have lasted to the end."""
     connection.execute("SELECT 1")
-
-
-class _SnapshotGuard:
-    """Ends a dump whose snapshot holds back vacuum too far (promise 1: never cause the outage)."""
-
-    def __init__(self, target: Target, dbname: str, pid: int) -> None:
-        self._target, self._dbname, self._pid = target, dbname, pid
-        self._next_mono_s = time.monotonic() + _XMIN_CHECK_INTERVAL_S
-
-    def check(self) -> None:
-        """Every half minute, from a connection of its own: age() stands still within our transaction."""
-        if time.monotonic() < self._next_mono_s:
-            return
-        self._next_mono_s = time.monotonic() + _XMIN_CHECK_INTERVAL_S
-        try:
-            with connect(self._target, self._dbname) as connection:
-                row = connection.execute(
-                    "SELECT age(backend_xmin) FROM pg_stat_activity WHERE pid = %s", [self._pid]
-                ).fetchone()
-        except PgherdError:
-            return  # no slot for a look: the deadline still bounds us
-        require_young(row[0] if row else None)
-
-
-def require_young(xmin_age: int | None, xmin_age_max: int = XMIN_AGE_MAX) -> None:
-    """Raises PreconditionError postgres.failed when a snapshot of that age must end."""
-    if xmin_age is not None and xmin_age > xmin_age_max:
-        raise PreconditionError(
-            "postgres.failed",
-            f"the backup's snapshot is {xmin_age} transactions old and holds back vacuum",
-            hint="back up at a quieter time or from a standby; nothing was published",
-            xmin_age=xmin_age,
-        )

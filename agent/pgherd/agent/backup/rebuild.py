@@ -61,10 +61,10 @@ class Comparison:
 # ---- filling ------------------------------------------------------------------------------------
 
 
-def rebuild(work: Rebuilding) -> None:
+def rebuild(work: Rebuilding) -> bool:
     """Roles, tablespaces (inside the data directory), every database. The first error ends it.
 
-    Raises PreconditionError child.failed, IntegrityError backup.corrupt.
+    Returns whether the original's bootstrap superuser may log in: here it may, until `leave_workshop`. Raises PreconditionError child.failed, IntegrityError backup.corrupt.
     """
     with connect(work.target()) as connection:
         connection.execute(sql.SQL("CREATE DATABASE {} TEMPLATE template0").format(sql.Identifier(_WORKSHOP)))
@@ -76,6 +76,9 @@ def rebuild(work: Rebuilding) -> None:
         _feed(
             work, work.manifest.part_of_role("roles"), _psql(work), _without_bootstrap_role(work.manifest.bootstrap_superuser)
         )
+        logs_in = bool(connection.execute("SELECT rolcanlogin FROM pg_roles WHERE oid = 10").fetchall()[0][0])
+        if not logs_in:  # we have no other role to come back as
+            connection.execute(_superuser(work, "LOGIN"))
         # Never the original locations: on the source host they hold live files.
         connection.execute("SET allow_in_place_tablespaces = on")
         for tablespace in work.manifest.tablespaces:
@@ -88,14 +91,21 @@ def rebuild(work: Rebuilding) -> None:
         argv: list[str | Path] = [work.client.program("pg_restore"), "--create", "--exit-on-error"]
         argv += ["-d", work.server.conninfo(_WORKSHOP)]
         _feed(work, work.manifest.part(database.part), argv, iter)
+    return logs_in
 
 
-def leave_workshop(work: Rebuilding) -> None:
-    """Drop our own database; call last."""
+def leave_workshop(work: Rebuilding, logs_in: bool) -> None:
+    """Drop our own database and leave the superuser as it was; call last."""
     names = [database.name for database in work.manifest.databases]
     if names:
         with connect(work.target("postgres" if "postgres" in names else names[0])) as connection:
             connection.execute(sql.SQL("DROP DATABASE {}").format(sql.Identifier(_WORKSHOP)))
+            if not logs_in:
+                connection.execute(_superuser(work, "NOLOGIN"))
+
+
+def _superuser(work: Rebuilding, attribute: str) -> sql.Composed:
+    return sql.SQL("ALTER ROLE {} {}").format(sql.Identifier(work.manifest.bootstrap_superuser), sql.SQL(attribute))
 
 
 def _psql(work: Rebuilding) -> list[str | Path]:
@@ -115,9 +125,7 @@ def _feed(
         work.progress(f"restore {part.name}", count, part.stored_bytes, "bytes")
 
     chunks = plain_chunks(work.repository.store, work.repository.prefix(work.manifest.name), part, passed)
-    # A database whose setting makes transactions read-only must still be filled.
-    environment = clean_environment({"PGOPTIONS": "-c default_transaction_read_only=off"})
-    with running(argv, env=environment, pipe_stdin=True) as child, work.deadline.over_child(child):
+    with running(argv, env=clean_environment(), pipe_stdin=True) as child, work.deadline.over_child(child):
         damage: IntegrityError | None = None
         try:
             for chunk in filtered(chunks):
@@ -157,11 +165,11 @@ def _without_bootstrap_role(name: str) -> Callable[[Iterator[bytes]], Iterator[b
 # ---- comparing ----------------------------------------------------------------------------------
 
 
-def compare(work: Rebuilding) -> Comparison:
-    """Fingerprint every rebuilt database and compare. Raises IntegrityError backup.content_differs."""
+def compare(work: Rebuilding, logs_in: bool) -> Comparison:
+    """Fingerprint every rebuilt database and compare. `logs_in` is what `rebuild` said. Raises IntegrityError backup.content_differs."""
     recorded = read_fingerprints(work.repository, work.entry)
     found = {name: _fingerprint_of(work, name) for name in sorted(recorded.databases)}
-    unlike = _unlike(work, recorded, found)
+    unlike = _unlike(work, recorded, found, logs_in)
     if unlike:
         more = f" (and {len(unlike) - _DIFFERENCES_SHOWN} more)" if len(unlike) > _DIFFERENCES_SHOWN else ""
         raise IntegrityError(
@@ -190,7 +198,7 @@ def _fingerprint_of(work: Rebuilding, dbname: str) -> Fingerprint:
         return fingerprint(connection, plan_content(connection), progress=read)
 
 
-def _unlike(work: Rebuilding, recorded: Fingerprints, found: dict[str, Fingerprint]) -> list[str]:
+def _unlike(work: Rebuilding, recorded: Fingerprints, found: dict[str, Fingerprint], logs_in: bool) -> list[str]:
     unlike = [
         f"database {name}: {difference}"
         for name, print_ in recorded.databases.items()
@@ -198,6 +206,9 @@ def _unlike(work: Rebuilding, recorded: Fingerprints, found: dict[str, Fingerpri
         for difference in differences(print_, found[name])
     ]
     with connect(work.target(_WORKSHOP)) as connection:
+        connection.execute("BEGIN")  # rolled back with the connection
+        if not logs_in:
+            connection.execute(_superuser(work, "NOLOGIN"))
         roles = globals_inventory(connection)
         names = {
             row[0]

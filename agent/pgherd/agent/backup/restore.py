@@ -20,6 +20,7 @@ from pgherd.agent.backup.dump import Progress
 from pgherd.agent.backup.rebuild import Rebuilding, amcheck, compare, leave_workshop, rebuild
 from pgherd.agent.backup.repository import Entry, NodeRepository
 from pgherd.agent.backup.verify import record_failure
+from pgherd.agent.backup.watch import require_free, watching
 from pgherd.postgres.binaries import Binaries, client_for, exactly
 from pgherd.postgres.os_user import OsUser, owner_of, server_user
 from pgherd.postgres.scratch import (
@@ -33,6 +34,7 @@ from pgherd.postgres.scratch import (
     sweep,
     usable_by,
     workspace,
+    write_file,
     write_settings,
 )
 from pgherd.proto.clock import Clock
@@ -62,6 +64,7 @@ class RestoreSettings:
     user: OsUser
     bin_directory: Path | None
     timeout_s: float
+    free_min_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +124,7 @@ def restore_to_scratch(
         ) as running_server:
             yield running_server
 
-    return _prove(repository, entry, settings, server, clock, progress)
+    return _prove(repository, entry, settings, server, settings.scratch_parent, clock, progress)
 
 
 def restore_to_directory(
@@ -152,7 +155,7 @@ def restore_to_directory(
                 yield running_server
             _publish_directory(usable_by(binaries, user, directory), directory / "data", target, user)
 
-    restored = _prove(repository, entry, settings, server, clock, progress, directory=str(target))
+    restored = _prove(repository, entry, settings, server, root, clock, progress, directory=str(target))
     with contextlib.suppress(OSError):
         hidden.rmdir()
     return restored
@@ -170,6 +173,7 @@ def _prove(
     entry: Entry,
     settings: RestoreSettings,
     server: Callable[[Binaries], contextlib.AbstractContextManager[ScratchServer]],
+    place: Path,
     clock: Clock,
     progress: Progress,
     directory: str = "",
@@ -178,17 +182,22 @@ def _prove(
     started_mono_s = clock.mono_s()
     binaries = exactly(manifest.server_major, settings.bin_directory)
     client = client_for(max(manifest.server_major, manifest.tools_major), settings.bin_directory)
+    require_free(place, settings.free_min_bytes, sum(part.plain_bytes for part in manifest.parts))
     with repository.reading(manifest.name):
         try:
-            with Deadline(settings.timeout_s, "the restore") as deadline, server(binaries) as running_server:
+            with (
+                Deadline(settings.timeout_s, "the restore") as deadline,
+                watching(deadline, lambda: require_free(place, settings.free_min_bytes)),
+                server(binaries) as running_server,
+            ):
                 work = Rebuilding(repository, entry, running_server, client, deadline, progress)
-                rebuild(work)
-                compared = compare(work)
+                logs_in = rebuild(work)
+                compared = compare(work, logs_in)
                 reached = "content-equal"
                 if compared.obstacles:
                     _log.warning("restore.not_comparable", backup=manifest.name, reasons=list(compared.obstacles))
                     reached = "checked" if amcheck(work) else "read back"
-                leave_workshop(work)
+                leave_workshop(work, logs_in)
         except IntegrityError as error:
             record_failure(repository, entry, error, clock, started_mono_s)
             raise
@@ -232,8 +241,8 @@ def _directory_server(binaries: Binaries, directory: Path, user: OsUser, manifes
         write_settings(data, building, user)
         with serving(usable, data, user) as process:
             yield ScratchServer(usable, data, sockets, manifest.bootstrap_superuser, process)
-        (data / "postgresql.conf").write_text(original, encoding="utf-8")
-        (data / "pg_hba.conf").write_text(_HBA, encoding="utf-8")
+        write_file(data / "postgresql.conf", original, user)
+        write_file(data / "pg_hba.conf", _HBA, user)
 
 
 def _require_absent(target: Path) -> None:

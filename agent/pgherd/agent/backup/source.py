@@ -26,6 +26,18 @@ FROM pg_database WHERE datname <> 'template0' ORDER BY datname
 """
 
 
+# ALTER ROLE ALL SET …: no tool of PostgreSQL dumps these (checked up to 18). Values of list settings are kept
+# quoted in the catalogue; the names are those that the server's own guc_tables.c flags GUC_LIST_QUOTE.
+_SETTINGS_OF_ALL_SQL = """
+SELECT format('ALTER ROLE ALL SET %I TO %s;',
+              name, CASE WHEN name IN ('local_preload_libraries', 'search_path', 'session_preload_libraries', 'temp_tablespaces')
+                         THEN coalesce(nullif(value, ''), $$''$$) ELSE quote_literal(value) END)
+FROM (SELECT split_part(setting, '=', 1) AS name, substr(setting, strpos(setting, '=') + 1) AS value
+      FROM pg_db_role_setting, unnest(setconfig) setting WHERE setrole = 0 AND setdatabase = 0) AS settings
+ORDER BY 1
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class DatabaseFacts:
     name: str
@@ -100,6 +112,11 @@ def _databases(connection: Connection[Any], major: int) -> tuple[tuple[DatabaseF
         else:
             databases.append(DatabaseFacts(*facts))
     return tuple(databases), left_out
+
+
+def settings_of_all_roles(connection: Connection[Any]) -> bytes:
+    """What `ALTER ROLE ALL SET` has set, as SQL; b"" for nothing."""
+    return "".join(f"{row[0]}\n" for row in connection.execute(_SETTINGS_OF_ALL_SQL)).encode()
 
 
 def extensions(connection: Connection[Any]) -> tuple[Extension, ...]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import secrets
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,7 +19,8 @@ from pgherd.agent.backup.deadline import Deadline
 from pgherd.agent.backup.dump import Dumped, Progress, Writing, dump_database, part_name, stored_name, stream_program
 from pgherd.agent.backup.parts import PartWriter
 from pgherd.agent.backup.repository import NodeRepository
-from pgherd.agent.backup.source import DatabaseFacts, ServerFacts, server_facts
+from pgherd.agent.backup.source import DatabaseFacts, ServerFacts, server_facts, settings_of_all_roles
+from pgherd.agent.backup.watch import require_free, watching
 from pgherd.postgres.binaries import Binaries, client_for
 from pgherd.postgres.connection import Target, connect
 from pgherd.postgres.content import globals_inventory
@@ -54,6 +54,8 @@ class TakeSettings:
     level: int
     timeout_s: float
     lock_wait_timeout_s: float
+    give_way_after_s: float
+    free_min_bytes: int
     role_passwords: bool = True  # False: the owner accepts backups without role passwords
 
 
@@ -67,11 +69,14 @@ def take(repository: NodeRepository, settings: TakeSettings, clock: Clock, progr
         _log.warning("backup.leftover_swept", backup=leftover, node=settings.node)
     started_unix_ns = clock.wall_unix_ns()
     facts = server_facts(settings.target)
-    ordinal = _next_ordinal(repository, facts)
+    ordinal = _next_ordinal(repository, facts, settings.free_min_bytes)
     name = backup_name(started_unix_ns, secrets.token_hex(2))
     binaries = client_for(facts.major, settings.bin_directory)
     try:
-        with Deadline(settings.timeout_s, "the backup") as deadline:
+        with (
+            Deadline(settings.timeout_s, "the backup") as deadline,
+            watching(deadline, lambda: require_free(repository.directory, settings.free_min_bytes)),
+        ):
             writing = Writing(
                 store=repository.store,
                 prefix=repository.prefix(name),
@@ -80,6 +85,7 @@ def take(repository: NodeRepository, settings: TakeSettings, clock: Clock, progr
                 target=settings.target,
                 binaries=binaries,
                 lock_wait_timeout_s=settings.lock_wait_timeout_s,
+                give_way_after_s=settings.give_way_after_s,
                 deadline=deadline,
                 progress=progress,
             )
@@ -96,7 +102,7 @@ def take(repository: NodeRepository, settings: TakeSettings, clock: Clock, progr
     return manifest
 
 
-def _next_ordinal(repository: NodeRepository, facts: ServerFacts) -> int:
+def _next_ordinal(repository: NodeRepository, facts: ServerFacts, free_min_bytes: int) -> int:
     """One more than any backup here; refuses a repository of another cluster and a disk that won't do."""
     entries = repository.readable()
     newest = max(entries, key=lambda entry: entry.manifest.ordinal, default=None)
@@ -108,19 +114,8 @@ def _next_ordinal(repository: NodeRepository, facts: ServerFacts) -> int:
             f"the repository holds backups of system {newest.manifest.system_identifier}, the server is {facts.system_identifier}",
             hint="was the cluster re-created or upgraded? give it a new cluster alias, or move the old backups away",
         )
-    _require_room(repository, newest.manifest.stored_bytes)
+    require_free(repository.directory, free_min_bytes, int(newest.manifest.stored_bytes * _HEADROOM))
     return newest.manifest.ordinal + 1
-
-
-def _require_room(repository: NodeRepository, last_bytes: int) -> None:
-    free_bytes = shutil.disk_usage(repository.directory).free
-    if free_bytes < last_bytes * _HEADROOM:
-        raise TransientError(
-            "disk.full",
-            f"{free_bytes} bytes are free and the last backup took {last_bytes}",
-            hint=f"free space on the file system of {repository.directory}, or keep fewer backups",
-            free_bytes=free_bytes,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,10 +162,10 @@ def _write_parts(writing: Writing, facts: ServerFacts, settings: TakeSettings) -
 def _dump_roles(writing: Writing, facts: ServerFacts) -> tuple[Part, Mapping[str, Digest], tuple[str, ...]]:
     """Roles and their digests. pg_dumpall takes no snapshot of ours: it is repeated until the digests before and after agree."""
     arguments = ["--roles-only", *([] if facts.may_read_role_passwords else ["--no-role-passwords"])]
-    before = _role_digests(writing)
+    before, of_all = _role_digests(writing)
     for _ in range(_ROLE_ATTEMPTS):
-        part, warnings = _dump_globals(writing, "roles", arguments)
-        after = _role_digests(writing)
+        part, warnings = _dump_globals(writing, "roles", arguments, of_all)
+        after, of_all = _role_digests(writing)
         if after == before:
             return part, after, warnings
         writing.store.delete(writing.prefix + part.name)
@@ -180,12 +175,13 @@ def _dump_roles(writing: Writing, facts: ServerFacts) -> tuple[Part, Mapping[str
     )
 
 
-def _role_digests(writing: Writing) -> Mapping[str, Digest]:
+def _role_digests(writing: Writing) -> tuple[Mapping[str, Digest], bytes]:
+    """Digests, and the settings that pg_dumpall forgets."""
     with connect(writing.target) as connection, writing.deadline.over_connection(connection):
-        return globals_inventory(connection)
+        return globals_inventory(connection), settings_of_all_roles(connection)
 
 
-def _dump_globals(writing: Writing, role: str, arguments: Sequence[str]) -> tuple[Part, tuple[str, ...]]:
+def _dump_globals(writing: Writing, role: str, arguments: Sequence[str], appendix: bytes = b"") -> tuple[Part, tuple[str, ...]]:
     database = writing.target.default_database
     argv: list[str | Path] = [
         writing.binaries.program("pg_dumpall"),
@@ -194,7 +190,7 @@ def _dump_globals(writing: Writing, role: str, arguments: Sequence[str]) -> tupl
         "-l",
         database,
     ]
-    return stream_program(writing, [*argv, *arguments], f"{role}.sql", role)
+    return stream_program(writing, [*argv, *arguments], f"{role}.sql", role, appendix=appendix)
 
 
 def _dump_databases(writing: Writing, facts: ServerFacts) -> tuple[list[Dumped], dict[str, str]]:
