@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,32 @@ def test_a_second_agent_on_the_same_state_is_refused(config: Path, resident: sub
     assert second.returncode == Exit.FAILED
     assert "state.locked" in second.stderr
     assert resident.poll() is None
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize(("line", "code"), [(b"garbage\n" * 3, "format.corrupt"), (None, "format.newer")])
+def test_a_journal_that_cant_be_read_stops_commands_and_not_sampling(config: Path, line: bytes | None, code: str) -> None:
+    directory = config.parent / "state" / "commands" / "5f0c1df0-3b0e-4f42-8d9b-0f8b1a4a7c11"
+    directory.mkdir(parents=True, mode=0o700)
+    if line is None:
+        record = b'{"type":"opened","format":"pgherd.command_journal","version":2}'
+        line = b'{"crc32":"%08x","record":%s}\n' % (zlib.crc32(record), record)
+    (directory / "journal.jsonl").write_bytes(line)
+    argv = [sys.executable, "-m", "pgherd.agent.main", "--config", str(config), "run", "--standalone"]
+    with subprocess.Popen(argv, stderr=subprocess.PIPE) as process:
+        try:
+            wait_until(lambda: (config.parent / "state" / "status.json").exists() or process.poll() is not None, 30, "a status")
+            assert process.poll() is None
+            status = wait_until(lambda: (s := agent(config, "status"))["spool"]["sampled_points"] > 0 and s, 30, "samples")
+        finally:
+            process.terminate()
+            _, errors = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert b"commands.disabled" in errors
+    assert status["nodes"][0]["condition"] == "up"
+    assert status["commands_disabled"]["code"] == code
+    assert agent(config, "backup", "ls") == [], "the schedule goes through the same journal"
+    assert (directory / "journal.jsonl").read_bytes() == line
 
 
 def test_an_agent_that_never_joined_says_how_to(config: Path) -> None:

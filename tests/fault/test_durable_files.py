@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -138,6 +141,34 @@ def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
         assert not is_locked(path)
         with exclusive_lock(path, "the test lock"):
             assert is_locked(path)
+
+
+def test_a_lock_whose_file_is_removed_by_its_holder_keeps_everybody_else_out(tmp_path: Path) -> None:
+    """Who opened the file just before its holder removed it gets the lock of a file that nobody else will find."""
+    path = tmp_path / "lock"
+    inside: list[int] = []
+    together: list[int] = []
+    held = 0
+
+    def work(number: int) -> None:
+        nonlocal held
+        for _ in range(400):
+            with contextlib.suppress(PreconditionError), exclusive_lock(path, "x"):
+                inside.append(number)
+                held += 1
+                if len(inside) > 1:
+                    together.append(number)
+                os.sched_yield()
+                inside.remove(number)
+                path.unlink(missing_ok=True)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert held >= 6
+    assert together == []
 
 
 def test_secrets_that_others_may_read_are_refused(tmp_path: Path) -> None:

@@ -217,3 +217,23 @@ def test_a_line_that_a_full_disk_cut_leaves_no_trace(tmp_path: Path) -> None:
     again = reopened(journal, tmp_path / "c", clock).entry(entry.offer.command_id)
     assert again is not None
     assert [event.kind for event in again.events] == ["accepted", "failed"]
+
+
+@pytest.mark.fault
+def test_an_acknowledgement_on_a_full_disk_is_taken_all_the_same(tmp_path: Path) -> None:
+    """It comes through the session, which would otherwise end and begin for as long as the disk is full."""
+    clock = ManualClock()
+    journal = Journal.open(tmp_path / "c", clock)
+    entry = journal.begin(offer(BackupRun()), "accepted")
+    file = entry.directory / "journal.jsonl"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size, limits[1]))
+    try:
+        journal.acknowledge(entry.offer.command_id, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert journal.unacknowledged() == []
+    journal = reopened(journal, tmp_path / "c", clock)
+    assert [event.sequence for _, event in journal.unacknowledged()] == [1], "sent once more after a restart"

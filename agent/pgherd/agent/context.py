@@ -28,6 +28,8 @@ class AgentContext:
         for alias in aliases:
             if aliases.count(alias) > 1:
                 raise ConfigError("config.invalid", f"two nodes are called {alias!r}", hint="give each [[nodes]] its own alias")
+        for node in loaded.value.nodes:
+            _check_conninfo(node)
         return loaded
 
     @property
@@ -45,3 +47,24 @@ class AgentContext:
             what = f"no node is called {alias!r}" if alias else "say which node with --node"
             raise ConfigError("usage.invalid", what, hint=f"nodes here: {known}")
         return nodes[alias]
+
+
+def _check_conninfo(node: NodeConfig) -> None:
+    """A conninfo becomes an argument of pg_dump and is shown: nothing secret may be in it. Raises ConfigError config.invalid."""
+    import psycopg  # not every verb needs libpq
+    from psycopg.conninfo import conninfo_to_dict
+
+    try:
+        keywords = {key for key, value in conninfo_to_dict(node.conninfo).items() if value}
+    except psycopg.Error as error:
+        raise ConfigError(
+            "config.invalid",
+            f"the conninfo of node {node.alias!r} can't be read: {str(error).strip()}",
+            hint="write it like 'host=/run/postgresql user=pgherd'",
+        ) from error
+    for key in sorted(keywords & {"password", "sslpassword"}):
+        raise ConfigError(
+            "config.invalid",
+            f"the conninfo of node {node.alias!r} holds a {key}",
+            hint="every user of this host could read it: put a password into a file of mode 0600 and name that as password_file",
+        )

@@ -80,6 +80,8 @@ def status(context: AgentContext, as_json: bool) -> None:
         spool = document["spool"]
         link = {True: "connected", False: "not connected", None: "none (standalone)"}[document["connected"]]
         click.echo(f"collector: {link}; spool: {spool['waiting_points']} points wait, {spool['dropped_points']} were dropped")
+        if disabled := document.get("commands_disabled"):
+            click.echo(f"NO COMMANDS AND NO SCHEDULED BACKUPS: {disabled['message']}; {disabled['hint']}")
         table(document["nodes"], [("alias", "NODE"), ("role", "ROLE"), ("condition", "CONDITION"), ("instance", "INSTANCE")])
 
     sys.exit(command_main(body, as_json=as_json or context.json))

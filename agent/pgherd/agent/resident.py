@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -22,11 +22,12 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
+from pgherd.agent.command.disabled import DisabledCommands
 from pgherd.agent.command.epochs import SeenEpochs
 from pgherd.agent.command.executor import Executor, ExecutorSettings, cli_argv
 from pgherd.agent.command.journal import Journal
 from pgherd.agent.command.outlet import Outlet
-from pgherd.agent.command.policy import policy_of
+from pgherd.agent.command.policy import Policy, policy_of
 from pgherd.agent.command.session import ControlClient, SessionSettings, SpoolState
 from pgherd.agent.config import ENVIRONMENT_PREFIX, AgentConfig
 from pgherd.agent.identity.files import Identity, require_identity
@@ -40,7 +41,7 @@ from pgherd.agent.status import StatusFile
 from pgherd.agent.telemetry.ship import Shipper
 from pgherd.agent.telemetry.spool import Spool
 from pgherd.proto.clock import Clock
-from pgherd.proto.errors import PgherdError
+from pgherd.proto.errors import IntegrityError, PgherdError
 from pgherd.runtime.clock import SystemClock
 from pgherd.runtime.config import from_plain
 from pgherd.runtime.durable import exclusive_lock, read_json
@@ -86,8 +87,6 @@ class Agent:
         self._identity = None if standalone else require_identity(state)
         self._spool = Spool.open(state / "spool", config.spool, clock)
         held.callback(self._spool.close)
-        self._journal = Journal.open(state / "commands", clock)
-        held.callback(self._journal.close)
         ids = node_ids(state, [node.alias for node in config.nodes])
         catalog = load_catalog()
         self._shipper = Shipper(self._spool, self._dial, clock) if self._identity else None
@@ -107,21 +106,15 @@ class Agent:
         ]
         outlet = Outlet()
         policy = policy_of(config.policy)
-        self._executor = Executor(
-            journal=self._journal,
-            policy=policy,
-            epochs=SeenEpochs.open(state / "epochs.json"),
-            nodes={ids[node.alias]: node.alias for node in config.nodes},
-            argv=cli_argv((*_PROGRAM, "--state-directory", str(state)), config_file),
-            environment=self._child_environment(),
-            outlet=outlet,
-            clock=clock,
-            settings=ExecutorSettings(),
-        )
         self._schedule: BackupSchedule | None = None
-        if config.backup.enabled:
-            statuses = {sampler.status.node_id: (lambda sampler=sampler: sampler.status) for sampler in self._samplers}
-            self._schedule = BackupSchedule(state / "schedule.json", config.backup.interval, statuses, self._executor, clock)
+        self._executor: Executor | DisabledCommands
+        memory: Journal | DisabledCommands
+        try:
+            memory, self._executor = self._commands(ids, policy, outlet, held)
+        except IntegrityError as error:
+            _log.error("commands.disabled", code=error.code, error=error.message, hint=error.hint)
+            memory = self._executor = DisabledCommands(error, state / "commands", outlet, clock)
+            policy = Policy(frozenset())
         self._client: ControlClient | None = None
         if self._identity:
             self._client = ControlClient(
@@ -131,12 +124,36 @@ class Agent:
                 nodes=self.nodes,
                 spool=lambda: SpoolState(self._spool.status.size_bytes, self._spool.status.oldest_unix_ns),
                 policy=policy,
-                journal=self._journal,
+                journal=memory,
                 executor=self._executor,
                 outlet=outlet,
                 clock=clock,
             )
         self._status = StatusFile(state / "status.json", clock)
+
+    def _commands(self, ids: Mapping[str, str], policy: Policy, outlet: Outlet, held: ExitStack) -> tuple[Journal, Executor]:
+        """What executes commands, and the schedule that issues them. Raises IntegrityError format.*."""
+        state, clock = self._config.state_directory, self._clock
+        with ExitStack() as opened:
+            journal = Journal.open(state / "commands", clock)
+            opened.callback(journal.close)
+            executor = Executor(
+                journal=journal,
+                policy=policy,
+                epochs=SeenEpochs.open(state / "epochs.json"),
+                nodes={ids[node.alias]: node.alias for node in self._config.nodes},
+                argv=cli_argv((*_PROGRAM, "--state-directory", str(state)), self._config_file),
+                environment=self._child_environment(),
+                outlet=outlet,
+                clock=clock,
+                settings=ExecutorSettings(),
+            )
+            if self._config.backup.enabled:
+                statuses = {sampler.status.node_id: (lambda sampler=sampler: sampler.status) for sampler in self._samplers}
+                interval_s = self._config.backup.interval
+                self._schedule = BackupSchedule(state / "schedule.json", interval_s, statuses, executor, clock)
+            held.push(opened.pop_all())
+        return journal, executor
 
     def nodes(self) -> Sequence[NodeStatus]:
         """Every node as its last cycle found it."""
@@ -193,7 +210,11 @@ class Agent:
         """Renew the certificate when it is due, in a child: signing needs libraries that don't live here."""
         while True:
             await asyncio.sleep(_RENEWAL_CHECK_S)
-            identity = require_identity(self._config.state_directory)
+            try:
+                identity = require_identity(self._config.state_directory)
+            except PgherdError as error:  # somebody joins anew, or it is damaged: sampling goes on
+                _log.error("identity.unreadable", code=error.code, error=error.message)
+                continue
             due_unix_ns = renewal_due_unix_ns(identity.not_before_unix_ns, identity.not_after_unix_ns, identity.serial)
             if self._clock.wall_unix_ns() < due_unix_ns:
                 continue
@@ -250,6 +271,7 @@ class Agent:
             spool=self._spool.status,
             ship=self._shipper.status if self._shipper else None,
             commands_running=self._executor.running,
+            commands_disabled=self._executor.reason if isinstance(self._executor, DisabledCommands) else None,
         )
 
 

@@ -15,7 +15,7 @@ from pgherd.agent.node import NodeStatus
 from pgherd.agent.telemetry.ship import ShipStatus
 from pgherd.agent.telemetry.spool import SpoolStatus
 from pgherd.proto.clock import Clock
-from pgherd.proto.errors import PreconditionError
+from pgherd.proto.errors import PgherdError, PreconditionError
 from pgherd.runtime.durable import read_json, storage_error
 
 FORMAT = "pgherd.status"
@@ -42,6 +42,7 @@ class StatusFile:
         spool: SpoolStatus,
         ship: ShipStatus | None,
         commands_running: int,
+        commands_disabled: PgherdError | None,
     ) -> None:
         """Replace the file. Raises TransientError disk.*."""
         counts = spool.counts
@@ -69,6 +70,7 @@ class StatusFile:
             },
             "shipping": asdict(ship) if ship else None,
             "commands_running": commands_running,
+            "commands_disabled": commands_disabled.as_dict() if commands_disabled else None,
         }
         temporary = self._path.with_name(".tmp-status.json")
         try:

@@ -124,20 +124,32 @@ def exclusive_lock(path: Path, what: str) -> Iterator[int]:
     The lock ends with the process, however it dies. Raises PreconditionError state.locked at once when
     another process holds it.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            os.close(fd)
             raise PreconditionError(
                 "state.locked",
                 f"another process holds {what}",
                 hint=f"see who has {path} open (fuser {path}), or wait for it to end",
                 path=str(path),
             ) from error
+        if _is_at(path, fd):
+            break
+        os.close(fd)  # its former holder removed the file meanwhile: that lock keeps nobody out
+    try:
         yield fd
     finally:
         os.close(fd)
+
+
+def _is_at(path: Path, fd: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), path.lstat())
+    except FileNotFoundError:
+        return False
 
 
 def is_locked(path: Path) -> bool:

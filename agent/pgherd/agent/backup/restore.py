@@ -184,6 +184,7 @@ def _prove(
     client = client_for(max(manifest.server_major, manifest.tools_major), settings.bin_directory)
     require_free(place, settings.free_min_bytes, sum(part.plain_bytes for part in manifest.parts))
     with repository.reading(manifest.name):
+        entry = repository.entry(manifest.name)  # retention may have been faster
         try:
             with (
                 Deadline(settings.timeout_s, "the restore") as deadline,

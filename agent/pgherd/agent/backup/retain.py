@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from pgherd.agent.backup.repository import NodeRepository
+from pgherd.proto.errors import PreconditionError
 from pgherd.runtime.logging import get_logger
 from pgherd.storage.retention import Decision, plan
 
@@ -14,6 +17,8 @@ def retain(repository: NodeRepository, keep: int) -> tuple[Decision, ...]:
     decisions = plan(repository.retention_items(), keep)
     for decision in decisions:
         if not decision.keep:
-            _log.info("backup.deleted", backup=decision.name, reason=decision.reason)
-            repository.delete(decision.name)
+            # A reader who came after the plan was made keeps it until the next run.
+            with contextlib.suppress(PreconditionError), repository.reading(decision.name):
+                repository.delete(decision.name)
+                _log.info("backup.deleted", backup=decision.name, reason=decision.reason)
     return decisions

@@ -38,6 +38,7 @@ def verify(repository: NodeRepository, name: str, clock: Clock, progress: Progre
     entry = repository.entry(name)
     started_mono_s = clock.mono_s()
     with repository.reading(entry.manifest.name):
+        entry = repository.entry(entry.manifest.name)  # retention may have been faster
         try:
             read_bytes = read_back(repository, entry, progress)
         except IntegrityError as error:

@@ -204,8 +204,9 @@ class Journal:
             entry = self._entries.get(command_id)
             if entry is None or sequence in entry.acknowledged or sequence not in [event.sequence for event in entry.events]:
                 return
-            self._write(entry, [{"type": "acknowledged", "sequence": sequence}], sync=False)
             entry.acknowledged.add(sequence)
+            with contextlib.suppress(TransientError):  # a full disk must not end the session that brings this
+                self._write(entry, [{"type": "acknowledged", "sequence": sequence}], sync=False)
         if entry.settled:
             self.prune()
 
@@ -231,8 +232,12 @@ class Journal:
             gone += _beyond(own, self._retention.finished_max, None)
             for entry in gone:
                 aside = entry.directory.with_name(f"{_REMOVED_PREFIX}{entry.directory.name}")
-                with contextlib.suppress(FileNotFoundError):
+                try:
                     entry.directory.rename(aside)  # whole or gone, also after a crash in rmtree
+                except FileNotFoundError:
+                    pass
+                except OSError:
+                    continue  # it stays known as long as it is there
                 shutil.rmtree(aside, ignore_errors=True)
                 del self._entries[entry.offer.command_id]
             return len(gone)

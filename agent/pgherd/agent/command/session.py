@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 import grpc.aio
 from grpc.aio import EOF  # type: ignore[attr-defined]  # the stubs lack it
 
-from pgherd.agent.command.executor import Executor
-from pgherd.agent.command.journal import Journal
 from pgherd.agent.command.outlet import Outlet
 from pgherd.agent.command.policy import Policy
 from pgherd.agent.command.skew import clock_offset_ns
@@ -74,6 +72,20 @@ class SpoolState:
     oldest_unix_ns: int
 
 
+class CommandMemory(Protocol):
+    """What the session tells of commands (journal.py, disabled.py)."""
+
+    def unfinished(self) -> list[tuple[str, int]]: ...
+    def unacknowledged(self) -> Sequence[tuple[Offer, Event]]: ...
+
+
+class CommandTaker(Protocol):
+    """Whom the session hands offers and acknowledgements to (executor.py, disabled.py)."""
+
+    def receive(self, offer: Offer, received_mono_s: float) -> Awaitable[None]: ...
+    def acknowledge(self, command_id: str, sequence: int) -> Awaitable[None]: ...
+
+
 class _IdentityChanged(Exception):  # noqa: N818 - not an error
     """The certificate was renewed: dial anew with it."""
 
@@ -94,8 +106,8 @@ class ControlClient:
         nodes: Callable[[], Sequence[NodeStatus]],
         spool: Callable[[], SpoolState],
         policy: Policy,
-        journal: Journal,
-        executor: Executor,
+        journal: CommandMemory,
+        executor: CommandTaker,
         outlet: Outlet,
         clock: Clock,
         jitter: Callable[[], float] = random.random,

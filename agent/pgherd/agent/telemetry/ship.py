@@ -27,6 +27,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 
 from pgherd.agent.telemetry.spool import Batch, Spool
 from pgherd.proto.clock import Clock
+from pgherd.proto.errors import PgherdError
 from pgherd.runtime.logging import get_logger
 
 METHOD: Final = "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export"
@@ -141,7 +142,10 @@ class Shipper:
 
     async def _send(self, batch: Batch) -> tuple[Verdict, float | None, str]:
         if self._channel is None:
-            self._channel = self._channel_factory()
+            try:
+                self._channel = self._channel_factory()
+            except PgherdError as error:  # an identity that can't be read now: sampling goes on without it
+                return "denied", None, f"{error.code}: {error.message}"
         call = self._channel.unary_unary(METHOD, request_serializer=None, response_deserializer=None)
         status = self.status
         attempts = status.attempts + 1
