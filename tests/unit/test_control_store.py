@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,8 +16,9 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import inspect, select
 
 from pgherd.proto.errors import IntegrityError, TransientError
-from pgherd.storage.control.schema import metadata, settings
-from pgherd.storage.control.store import ControlStore, alembic_config, sqlite_engine
+from pgherd.storage.control.migrate import alembic_config
+from pgherd.storage.control.schema import HEAD_REVISION, metadata, settings
+from pgherd.storage.control.store import ControlStore, sqlite_engine
 
 
 def test_the_revisions_build_exactly_the_schema(tmp_path: Path) -> None:
@@ -26,6 +29,44 @@ def test_the_revisions_build_exactly_the_schema(tmp_path: Path) -> None:
         differences = compare_metadata(MigrationContext.configure(connection, opts={"render_as_batch": True}), metadata)
     engine.dispose()
     assert differences == []
+
+
+def test_the_head_revision_is_the_newest_script() -> None:
+    assert ScriptDirectory.from_config(alembic_config()).get_heads() == [HEAD_REVISION]
+
+
+def test_a_store_at_head_is_opened_without_alembic(tmp_path: Path) -> None:
+    """It costs memory and time at every start of the collector."""
+    path = tmp_path / "control.db"
+    ControlStore.open(path).close()
+    script = (
+        "import sys; from pathlib import Path; from pgherd.storage.control.store import ControlStore;"
+        "ControlStore.open(Path(sys.argv[1])).close(); print('alembic' in sys.modules)"
+    )
+    opened = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True, timeout=60)
+    assert opened.stdout == "False\n"
+
+
+def test_damage_found_while_running_is_told_as_such(tmp_path: Path) -> None:
+    path = tmp_path / "control.db"
+    store = ControlStore.open(path)
+    with store.read() as connection:
+        page_bytes = connection.exec_driver_sql("PRAGMA page_size").scalar_one()
+    store.close()
+    content = bytearray(path.read_bytes())
+    content[page_bytes * 2 :] = b"\xff" * (len(content) - page_bytes * 2)
+    store = ControlStore.open(path)
+    path.write_bytes(content)
+
+    def read_all() -> None:
+        with store.begin() as connection:
+            for table in metadata.sorted_tables:
+                connection.execute(select(table)).all()
+
+    with pytest.raises(IntegrityError) as caught:
+        read_all()
+    assert caught.value.code == "format.corrupt"
+    store.close()
 
 
 def test_every_revision_goes_down_and_up_again(tmp_path: Path) -> None:

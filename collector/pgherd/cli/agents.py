@@ -7,8 +7,9 @@ from typing import Any
 import click
 
 from pgherd.cli.main import CliContext
+from pgherd.cli.revocation import end_identity
 from pgherd.cli.verb import duration_s, moment, show, verb
-from pgherd.proto.errors import ConfigError, PreconditionError
+from pgherd.proto.errors import ConfigError
 from pgherd.runtime.render import emit_json
 
 
@@ -64,21 +65,7 @@ def add(context: CliContext, name: str | None, labels: tuple[str, ...], lifetime
 @verb
 def revoke(context: CliContext, agent: str, reason: str, yes: bool) -> None:
     """End AGENT's identity for good and cut its connections; it has to join again with a new token."""
-    matching = [
-        row
-        for row in context.client.pages("/api/v1/agents")
-        if agent in (row["id"], row["name"]) and row["status"] != "revoked"
-    ]
-    if len(matching) != 1:
-        what = "no agent" if not matching else "more than one agent"
-        raise PreconditionError("agent.not_found", f"{what} is called {agent!r}", hint="take the id from `pgherd agents ls`")
-    if not yes and not context.json:
-        click.confirm(f"Revoke {matching[0]['name']} ({matching[0]['id']})?", abort=True)
-    answer = context.client.post(f"/api/v1/agents/{matching[0]['id']}/revoke", {"reason": reason})
-    if context.json:
-        emit_json(answer)
-    else:
-        click.echo(f"revoked; {answer['certificates_revoked']} certificates, {answer['calls_cut']} open calls cut")
+    end_identity(context, "agent", context.client.pages("/api/v1/agents"), agent, reason=reason, yes=yes)
 
 
 def _pair(text: str) -> tuple[str, str]:

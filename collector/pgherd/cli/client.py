@@ -116,6 +116,14 @@ class Client:
         raise _error_of(response)
 
 
+def _prometheus_error(kind: str, message: str) -> PgherdError:
+    if kind == "timeout":
+        return TransientError("query.timeout", message)
+    if kind == "unavailable":
+        return TransientError("store.unavailable", message)
+    return ConfigError("usage.invalid", message, error_type=kind)
+
+
 def _error_of(response: httpx.Response) -> PgherdError:
     """The PgherdError in a problem+json answer, in a Prometheus-shaped error, or a plain one by status."""
     try:
@@ -125,9 +133,7 @@ def _error_of(response: httpx.Response) -> PgherdError:
     if isinstance(document, dict) and document.get("code") in REGISTRY:
         return from_dict({**document, "message": document.get("message") or document.get("detail", "")})
     if isinstance(document, dict) and document.get("status") == "error":  # Prometheus API
-        return ConfigError(
-            "usage.invalid", str(document.get("error", "the query failed")), error_type=str(document.get("errorType"))
-        )
+        return _prometheus_error(str(document.get("errorType")), str(document.get("error", "the query failed")))
     if response.status_code in (401, 403):
         return DeniedError(
             "auth.required", "the collector wants a token", hint="use --token-file, or the socket on its own host"

@@ -102,7 +102,7 @@ def _poll(context: CliContext, command: dict[str, Any]) -> dict[str, Any]:
             f"/api/v1/commands/{command['id']}", {"wait_s": wait_s}, timeout_s=wait_s + 30
         )
     except TransientError as error:
-        if error.code != "peer.unreachable":
+        if error.code not in ("peer.unreachable", "store.unavailable"):
             raise
         time.sleep(1.0)
         return command

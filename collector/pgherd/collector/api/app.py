@@ -84,7 +84,7 @@ def http_app(
     install_problem_handler(app)
     app.add_exception_handler(Exception, _answer_unexpected)
     app.add_exception_handler(StarletteHTTPException, _answer_unrouted)
-    app.add_middleware(GZipMiddleware, minimum_size=1024)
+    app.add_middleware(GZipMiddleware, minimum_size=1024, compresslevel=4)  # 9 takes four times the CPU for 5 % less
     app.add_middleware(BodyLimit)
 
     @app.get("/healthz", include_in_schema=False)

@@ -13,7 +13,7 @@ from pgherd.collector.api.auth import Actor, require
 from pgherd.collector.identity.apitokens import Scope, create_api_token, list_api_tokens, revoke_api_token
 from pgherd.collector.identity.enrolment import Enrolment
 from pgherd.collector.identity.gate import PeerGate
-from pgherd.collector.identity.registry import revoke_agent
+from pgherd.collector.identity.registry import list_clients, revoke_agent
 from pgherd.collector.identity.tokens import create_join_token, list_join_tokens, withdraw_join_token
 from pgherd.proto.errors import TransientError
 
@@ -96,7 +96,7 @@ def identity_router(
 
         def work() -> dict[str, Any]:
             with store.read() as connection:
-                return {"items": list_join_tokens(connection), "next": None}
+                return {"items": list_join_tokens(connection), "next_cursor": None}
 
         return await _in_thread(work)
 
@@ -136,7 +136,7 @@ def identity_router(
 
         def work() -> dict[str, Any]:
             with store.read() as connection:
-                return {"items": list_api_tokens(connection), "next": None}
+                return {"items": list_api_tokens(connection), "next_cursor": None}
 
         return await _in_thread(work)
 
@@ -166,6 +166,16 @@ def identity_router(
 
         certificates = await _in_thread(work)
         return {"agent_id": agent_id, "certificates_revoked": certificates, "calls_cut": gate.cut([agent_id])}
+
+    @router.get("/clients")
+    async def clients(actor: Admin) -> dict[str, Any]:
+        """Foreign OTLP clients, newest first; `POST /agents/{id}/revoke` ends one."""
+
+        def work() -> dict[str, Any]:
+            with store.read() as connection:
+                return {"items": list_clients(connection), "next_cursor": None}
+
+        return await _in_thread(work)
 
     @router.post("/clients", status_code=201)
     async def add_client(body: ClientRequest, actor: Admin) -> dict[str, Any]:

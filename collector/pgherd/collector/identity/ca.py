@@ -32,7 +32,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from pgherd.collector.identity.peer import PeerKind, serial_text, spiffe_id
 from pgherd.proto.enrolment import BODY_BYTES_MAX
 from pgherd.proto.errors import IntegrityError, PeerError, PreconditionError
-from pgherd.runtime.durable import private_directory, publish
+from pgherd.runtime.durable import private_directory, publish, storage_error
 from pgherd.runtime.tls import spki_sha256
 
 CA_LIFETIME_S = 10 * 365.25 * 86400.0
@@ -92,7 +92,7 @@ class CertificateAuthority:
 
     @classmethod
     def load(cls, directory: Path) -> CertificateAuthority:
-        """Raises PreconditionError ca.missing, IntegrityError format.corrupt for a pair that isn't one."""
+        """Raises PreconditionError ca.missing, TransientError disk.io, IntegrityError format.corrupt for a pair that isn't one."""
         try:
             certificate = x509.load_pem_x509_certificate((directory / _CERTIFICATE_NAME).read_bytes())
             key = load_pem_private_key((directory / _KEY_NAME).read_bytes(), None)
@@ -101,6 +101,8 @@ class CertificateAuthority:
             raise PreconditionError(
                 "ca.missing", f"no CA in {directory}", hint="run `pgherd collector init` first", path=str(directory)
             ) from error
+        except OSError as error:
+            raise storage_error(error, directory, "reading the CA in") from error
         except (ValueError, x509.ExtensionNotFound) as error:
             raise IntegrityError("format.corrupt", f"the CA in {directory} can't be read", path=str(directory)) from error
         if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, delete, func, insert, select, update
 
 from pgherd.collector.identity.audit import write_audit
 from pgherd.collector.identity.ca import Issued
@@ -106,6 +106,27 @@ def forget_certificates(connection: Connection, subject_id: str, before_unix_ns:
     connection.execute(
         delete(certificates).where(certificates.c.agent_id == subject_id, certificates.c.not_after_unix_ns < before_unix_ns)
     )
+
+
+def list_clients(connection: Connection, *, limit: int = 1000) -> list[dict[str, object]]:
+    """The newest foreign OTLP clients; `not_after_unix_ns` is when the last certificate that still holds ends, if any."""
+    holds = (certificates.c.agent_id == agents.c.id) & certificates.c.revoked_unix_ns.is_(None)
+    rows = connection.execute(
+        select(
+            agents.c.id,
+            agents.c.name,
+            agents.c.status,
+            agents.c.joined_unix_ns.label("issued_unix_ns"),
+            agents.c.revoked_unix_ns,
+            func.max(certificates.c.not_after_unix_ns).label("not_after_unix_ns"),
+        )
+        .join(certificates, holds, isouter=True)
+        .where(agents.c.kind == PeerKind.CLIENT.value)
+        .group_by(agents.c.id)
+        .order_by(agents.c.joined_unix_ns.desc(), agents.c.id)
+        .limit(limit)
+    )
+    return [dict(row) for row in rows.mappings()]
 
 
 def revoke_agent(store: ControlStore, agent_id: str, *, now_unix_ns: int, actor: str, via: str, reason: str = "") -> int:

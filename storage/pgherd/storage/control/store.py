@@ -12,18 +12,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from alembic.util.exc import CommandError
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event, inspect
 from sqlalchemy.exc import DatabaseError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from pgherd.proto.errors import IntegrityError, TransientError
-from pgherd.storage.control.schema import metadata
+from pgherd.runtime.durable import storage_error
+from pgherd.storage.control.schema import HEAD_REVISION
 
 _BUSY_TIMEOUT_S = 15.0
+_CONNECTIONS_MAX = 48  # more than the threads that may ask at once, so that only SQLite's lock makes anybody wait
 
 
 def _connect_pragmas(connection: sqlite3.Connection, _record: object) -> None:
@@ -43,18 +41,16 @@ def _begin_immediate(connection: Connection) -> None:
 
 def sqlite_engine(path: Path) -> Engine:
     """An engine on `path` with the pragmas and transactions that the store relies on."""
-    engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": _BUSY_TIMEOUT_S, "check_same_thread": False})
+    engine = create_engine(
+        f"sqlite:///{path}",
+        connect_args={"timeout": _BUSY_TIMEOUT_S, "check_same_thread": False},
+        pool_size=4,
+        max_overflow=_CONNECTIONS_MAX - 4,
+        pool_timeout=_BUSY_TIMEOUT_S,
+    )
     event.listen(engine, "connect", _connect_pragmas)
     event.listen(engine, "begin", _begin_immediate)
     return engine
-
-
-def alembic_config() -> Config:
-    """Alembic's view of the revisions that are shipped with this version."""
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    config.set_main_option("path_separator", "os")
-    return config
 
 
 class ControlStore:
@@ -71,16 +67,17 @@ class ControlStore:
         Raises IntegrityError format.newer for a store that a newer pgherd wrote, format.corrupt for a
         file that isn't a healthy SQLite database; the file is left as it was.
         """
-        existed = path.exists()
-        if not existed:
-            path.touch(mode=0o600)
+        try:
+            if not path.exists():
+                path.touch(mode=0o600)
+        except OSError as error:
+            raise storage_error(error, path, "opening") from error
         engine = sqlite_engine(path)
         try:
-            _refuse_newer(engine, path)
-            with engine.connect() as connection:
-                config = alembic_config()
-                config.attributes["connection"] = connection
-                command.upgrade(config, "head")
+            if _revision(engine) != HEAD_REVISION:
+                from pgherd.storage.control.migrate import migrate  # Alembic costs 11 MiB and 0.3 s: only when it's needed
+
+                migrate(engine, path)
         except OperationalError as error:
             engine.dispose()
             raise TransientError("disk.io", f"can't open {path}: {error.orig}", path=str(path)) from error
@@ -101,44 +98,45 @@ class ControlStore:
     def begin(self) -> Iterator[Connection]:
         """One durable transaction: committed when the block ends, rolled back when it raises.
 
-        Raises TransientError store.unavailable when the disk or the lock doesn't allow it.
+        Raises TransientError store.unavailable when the disk or the lock doesn't allow it, IntegrityError format.corrupt.
         """
         try:
             with self._engine.begin() as connection:
                 yield connection
-        except OperationalError as error:
-            raise TransientError("store.unavailable", f"control store: {error.orig}", path=str(self.path)) from error
+        except (DatabaseError, PoolTimeoutError) as error:
+            raise self._problem(error) from error
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """A consistent read; keep it short. Raises TransientError store.unavailable."""
+        """A consistent read; keep it short. Raises as `begin`."""
         try:
             with self._engine.connect().execution_options(pgherd_read_only=True) as connection, connection.begin():
                 yield connection
-        except OperationalError as error:
-            raise TransientError("store.unavailable", f"control store: {error.orig}", path=str(self.path)) from error
+        except (DatabaseError, PoolTimeoutError) as error:
+            raise self._problem(error) from error
 
     def close(self) -> None:
         """Release the file."""
         self._engine.dispose()
 
-
-def _refuse_newer(engine: Engine, path: Path) -> None:
-    script = ScriptDirectory.from_config(alembic_config())
-    with engine.connect() as connection:
-        current = MigrationContext.configure(connection).get_current_revision()
-    if current is None:
-        return
-    try:
-        script.get_revision(current)
-    except CommandError as error:
-        raise IntegrityError(
-            "format.newer",
-            f"{path} is at schema revision {current}, which this pgherd doesn't know",
-            hint="run the pgherd version that wrote it, or a newer one",
-            path=str(path),
-            revision=current,
-        ) from error
+    def _problem(self, error: DatabaseError | PoolTimeoutError) -> Exception:
+        if isinstance(error, OperationalError | PoolTimeoutError):
+            reason = error.orig if isinstance(error, OperationalError) else "all connections are in use"
+            return TransientError("store.unavailable", f"control store: {reason}", path=str(self.path))
+        if type(error) is DatabaseError:  # its subclasses are about our statements; this one is about the file
+            return IntegrityError(
+                "format.corrupt",
+                f"control store: {error.orig}",
+                hint=f"stop the collector, move {self.path} aside and restore the last copy of it",
+                path=str(self.path),
+            )
+        return error
 
 
-__all__ = ["ControlStore", "alembic_config", "metadata", "sqlite_engine"]
+def _revision(engine: Engine) -> str | None:
+    """The schema revision of the file; None for one without any, or with something odd (Alembic then says what)."""
+    with engine.connect().execution_options(pgherd_read_only=True) as connection:
+        if not inspect(connection).has_table("alembic_version"):
+            return None
+        found = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalars().all()
+    return str(found[0]) if len(found) == 1 else None
