@@ -18,7 +18,7 @@ from pgherd.agent.backup.deadline import Deadline
 from pgherd.agent.backup.dump import judged_lines
 from pgherd.agent.backup.watch import SnapshotWatch, watching
 from pgherd.postgres.connection import Target, connect
-from pgherd.proto.errors import PgherdError, PreconditionError, TransientError
+from pgherd.proto.errors import ConfigError, PgherdError, PreconditionError, TransientError
 from support.backup import BackupNode, backup_node
 from support.postgres import Fleet, Server
 from support.waiting import wait_until
@@ -169,6 +169,19 @@ def test_restored_code_cant_make_us_write_elsewhere(private_postgres: Server, ho
         assert not (target / name).is_symlink()
         assert (target / name).stat().st_uid == target.stat().st_uid
         assert (target / name).stat().st_mode & 0o777 == 0o600
+
+
+def test_a_link_in_a_restore_root_is_not_followed(node: BackupNode, home: Path) -> None:
+    """A root belongs to somebody else, who may put anything where we work before publishing."""
+    node.run()
+    elsewhere = home / "elsewhere"
+    elsewhere.mkdir()
+    (home / "roots").mkdir()
+    (home / "roots" / ".pgherd").symlink_to(elsewhere)
+    with pytest.raises(ConfigError, match="isn't ours"):
+        node.restore(target=home / "roots" / "new")
+    assert list(elsewhere.iterdir()) == []
+    assert not (home / "roots" / "new").exists()
 
 
 def test_settings_that_would_lock_us_out_of_the_restored_server(private_postgres: Server, home: Path) -> None:

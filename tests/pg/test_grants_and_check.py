@@ -126,12 +126,15 @@ def test_real_troubles_are_found(private_postgres: Server) -> None:
     server.execute("SELECT pg_create_physical_replication_slot('forgotten', true)")
     server.set(synchronous_standby_names="*", archive_mode="on", archive_command="/bin/false")
     server.restart()
+    server.execute("SET synchronous_commit = local; ALTER DATABASE template1 ALLOW_CONNECTIONS false")
     server.execute("SET synchronous_commit = local; CREATE TABLE t (); SELECT pg_switch_wal()")
     wait_until(lambda: server.execute("SELECT failed_count > 0 FROM pg_stat_archiver")[0][0], 20, "a failed archiving")
     status, found = check(server.conninfo())
     assert status == 6
     assert found["archiving"]["severity"] == "blocker"
     assert found["slots"]["severity"] == "warning"
+    assert "template1" in found["databases.closed"]["message"]
+    assert found["restore.scratch"]["severity"] == "ok"
     assert found["slots.bound"]["severity"] == "warning"
     assert found["synchronous_standby_names"]["severity"] == "warning"
     server.stop()
@@ -139,6 +142,7 @@ def test_real_troubles_are_found(private_postgres: Server) -> None:
     assert status == 6
     assert found["connection"]["severity"] == "blocker"
     assert "postgres.unreachable" in found["connection"]["message"]
+    assert "failed: " in found["connection"]["message"], "which connection, and why"
 
 
 def test_the_child_contract(postgres: Server, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pgherd.agent.grants.statements import PURPOSES, grants, quoted, script
 from pgherd.agent.preflight.facts import Archiver, DatabaseRights, Disk, Facts, HostSide, ServerSide, Slot
 from pgherd.agent.preflight.judge import Finding, judge
 
-HOST = HostSide(client_major=17, repository=Disk(1 << 40, "/"), restore_roots={"main": ""})
+HOST = HostSide(client_major=17, scratch_problem="", repository=Disk(1 << 40, "/"), restore_roots={"main": ""})
 SERVER = ServerSide(
     version_num=170010,
     role="pgherd",
@@ -28,6 +28,7 @@ SERVER = ServerSide(
     },
     role_settings={},
     databases_bytes=1 << 30,
+    databases_closed=(),
     databases=(DatabaseRights("app"),),
     slots=(Slot("standby", "physical", True, 0, "reserved"),),
     archiver=Archiver(10.0, None, "", 0),
@@ -66,6 +67,7 @@ def test_a_healthy_node_has_nothing_to_mend() -> None:
         ({"databases": (DatabaseRights("a", tables_with_rls=1),), "bypass_rls": False}, "grants.row_security", "blocker", "BYPASSRLS"),
         ({"databases": (DatabaseRights("a", large_objects_unreadable=1),)}, "grants.large_objects", "blocker", "lo_compat"),
         ({"databases": (DatabaseRights("a", subscriptions=1),)}, "grants.subscriptions", "warning", "CREATE SUBSCRIPTION"),
+        ({"databases_closed": ("odd one",)}, "databases.closed", "warning", 'ALTER DATABASE "odd one" ALLOW_CONNECTIONS true;'),
         ({"may_read_pg_authid": False}, "grants.role_passwords", "warning", "role_passwords = false"),
         (setting(wal_level="minimal"), "wal_level", "warning", "ALTER SYSTEM SET wal_level"),
         (setting(max_wal_senders="0"), "max_wal_senders", "warning", "restart"),
@@ -105,6 +107,7 @@ def test_each_trouble_has_its_finding(change: dict[str, Any], check: str, severi
     ("change", "check", "severity"),
     [
         ({"client_major": None, "client_problem": "pg_dump 17 isn't there"}, "client_programs", "blocker"),
+        ({"scratch_problem": "PostgreSQL 17 isn't installed"}, "restore.scratch", "warning"),
         ({"repository_problem": "can't be written"}, "repository", "blocker"),
         ({"restore_roots": {}}, "restore_roots", "info"),
         ({"restore_roots": {"main": "isn't a directory"}}, "restore_roots", "warning"),
@@ -165,8 +168,13 @@ def test_facts_are_all_judged() -> None:
             "memberships": frozenset(),
         }.get(field.name)
         host = replace(HOST)
-        base = replace(SERVER, databases=(DatabaseRights("a", tables_with_rls=1),), application_names=frozenset({"Patroni"}))
-        if field.name in ("settings", "databases", "application_names"):
+        base = replace(
+            SERVER,
+            databases=(DatabaseRights("a", tables_with_rls=1),),
+            databases_closed=("b",),
+            application_names=frozenset({"Patroni"}),
+        )
+        if field.name in ("settings", "databases", "databases_closed", "application_names"):
             empty = type(getattr(base, field.name))()
         if field.name == "may_read_pg_authid":
             empty = False

@@ -106,7 +106,11 @@ def _pin(connection: psycopg.Connection[Any], lock_timeout_s: float) -> None:
 
 def connect_failure(error: psycopg.Error) -> PgherdError:
     """Why a connection attempt failed, by who must act."""
-    text = str(error).strip().splitlines()[-1] if str(error).strip() else "the connection failed"
+    text = " ".join(str(error).split()) or "the connection failed"  # libpq's has a line per address, and a question below each
+    if isinstance(error, psycopg.errors.ConnectionTimeout):
+        return TransientError(
+            "postgres.timeout", text, hint="look for stopped or disk-bound server processes (state T or D in ps)"
+        )
     state = error.sqlstate or ""
     if state == _SATURATED or "too many clients" in text or "remaining connection slots" in text:
         return TransientError("postgres.saturated", text, hint="wait for a free slot or raise max_connections")

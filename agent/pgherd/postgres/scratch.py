@@ -83,8 +83,8 @@ def sweep(parent: Path) -> int:
                     _remove(directory)
                     count += 1
                 lock.unlink(missing_ok=True)
-        except PreconditionError:
-            continue  # its process lives
+        except PgherdError:
+            continue  # its process lives, or it isn't ours
     return count
 
 

@@ -122,10 +122,13 @@ def exclusive_lock(path: Path, what: str) -> Iterator[int]:
     """Hold an exclusive lock (flock) on `path` while inside; yields the file descriptor.
 
     The lock ends with the process, however it dies. Raises PreconditionError state.locked at once when
-    another process holds it.
+    another process holds it, TransientError disk.io | disk.full when the file can't be made.
     """
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise storage_error(error, path, "locking") from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

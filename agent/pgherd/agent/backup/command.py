@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping
@@ -13,7 +14,14 @@ import click
 from pgherd.agent.answering import answering
 from pgherd.agent.backup.dump import Progress as ProgressPort
 from pgherd.agent.backup.repository import Entry, NodeRepository, Unreadable, open_repository
-from pgherd.agent.backup.restore import RestoreSettings, restore_to_directory, restore_to_scratch, scratch_parent
+from pgherd.agent.backup.restore import (
+    HIDDEN,
+    RestoreSettings,
+    restore_to_directory,
+    restore_to_scratch,
+    scratch_parent,
+    sweep_leftovers,
+)
 from pgherd.agent.backup.retain import retain
 from pgherd.agent.backup.take import TakeSettings, take
 from pgherd.agent.backup.verify import verify as verify_backup
@@ -21,10 +29,10 @@ from pgherd.agent.config import AgentConfig, NodeConfig
 from pgherd.agent.context import AgentContext
 from pgherd.agent.nodes import node_ids
 from pgherd.postgres.connection import Target
-from pgherd.postgres.os_user import server_user
+from pgherd.postgres.os_user import OsUser, server_user
 from pgherd.proto.codes import Exit
 from pgherd.proto.commands import check_backup_name, check_directory_name
-from pgherd.proto.errors import DeniedError
+from pgherd.proto.errors import DeniedError, PgherdError
 from pgherd.runtime.clock import SystemClock
 from pgherd.runtime.durable import private_directory, read_secret
 from pgherd.runtime.logging import configure as configure_logging
@@ -157,6 +165,10 @@ def _row(entry: Entry | Unreadable) -> dict[str, Any]:
 def take_verify_retain(config: AgentConfig, node: NodeConfig, progress: ProgressPort) -> Result:
     """What `backup run` does: the members of a BackupSummary. Raises what take and verify raise."""
     repository, clock = _repository(config, node), SystemClock()
+    with contextlib.suppress(PgherdError, OSError):
+        user = _scratch_user(config)
+        parent = scratch_parent(config.state_directory, config.backup.scratch_directory, user)
+        sweep_leftovers([parent, *(root / HIDDEN for root in config.policy.restore_roots.values())])
     with repository.writing():
         manifest = take(repository, _take_settings(config, node), clock, progress)
         if config.backup.verify_after:
@@ -167,7 +179,7 @@ def take_verify_retain(config: AgentConfig, node: NodeConfig, progress: Progress
 
 def restore_node(config: AgentConfig, node: NodeConfig, name: str, target: Path | None, progress: ProgressPort) -> Result:
     """What `backup restore` does: the members of a RestoreResult."""
-    user = server_user(config.backup.scratch_user, "pgherd-scratch", "nobody", "postgres")
+    user = _scratch_user(config)
     settings = RestoreSettings(
         scratch_parent=scratch_parent(config.state_directory, config.backup.scratch_directory, user),
         user=user,
@@ -179,6 +191,10 @@ def restore_node(config: AgentConfig, node: NodeConfig, name: str, target: Path 
     if target is None:
         return dataclasses.asdict(restore_to_scratch(repository, name, settings, SystemClock(), progress))
     return dataclasses.asdict(restore_to_directory(repository, name, target, settings, SystemClock(), progress))
+
+
+def _scratch_user(config: AgentConfig) -> OsUser:
+    return server_user(config.backup.scratch_user, "pgherd-scratch", "nobody", "postgres")
 
 
 def _repository(config: AgentConfig, node: NodeConfig) -> NodeRepository:

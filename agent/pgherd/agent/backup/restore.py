@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +47,8 @@ from pgherd.runtime.process import run
 from pgherd.storage.manifest import Manifest, Proof
 
 _log = get_logger(__name__)
+
+HIDDEN = ".pgherd"  # where a restore root keeps a directory until it is whole
 
 # A restored directory trusts nobody but its own OS user, until its owner says otherwise.
 _HBA = """\
@@ -91,13 +94,26 @@ def scratch_parent(state_directory: Path, stated: Path | None, user: OsUser) -> 
     if user.reaches(below / "data"):
         return below
     parent = Path("/var/tmp" if Path("/var/tmp").is_dir() else tempfile.gettempdir()) / f"pgherd-scratch-{os.geteuid()}"  # noqa: S108  # owner checked below
-    with contextlib.suppress(FileExistsError):
-        parent.mkdir(mode=0o711)
-        parent.chmod(0o711)
-    status = parent.lstat()
-    if status.st_uid != os.geteuid() or status.st_mode & 0o022 or parent.is_symlink():
-        raise ConfigError("config.invalid", f"{parent} isn't ours", hint="state backup.scratch_directory", path=str(parent))
-    return parent
+    return _ours(parent, "state backup.scratch_directory")
+
+
+def _ours(directory: Path, hint: str) -> Path:
+    """Make a directory where others may write, or check that it is ours: nobody may swap what we make in it."""
+    try:
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir(mode=0o711)
+            directory.chmod(0o711)
+        status = directory.lstat()
+    except OSError as error:
+        raise storage_error(error, directory, "creating") from error
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022 or not stat.S_ISDIR(status.st_mode):
+        raise ConfigError("config.invalid", f"{directory} isn't ours", hint=hint, path=str(directory))
+    return directory
+
+
+def sweep_leftovers(parents: Iterable[Path]) -> int:
+    """Remove what killed restores left in these directories: a whole copy of a server each, perhaps still running."""
+    return sum(sweep(parent) for parent in parents if parent.is_dir() and not parent.is_symlink())
 
 
 def restore_to_scratch(
@@ -110,7 +126,7 @@ def restore_to_scratch(
     ConfigError postgres.binaries, TransientError child.timeout | disk.full.
     """
     entry = repository.entry(name)
-    sweep(settings.scratch_parent)
+    sweep_leftovers([settings.scratch_parent])
     manifest = entry.manifest
 
     @contextlib.contextmanager
@@ -145,8 +161,8 @@ def restore_to_directory(
     root = target.parent
     user = (owner_of(root) if root.is_dir() else None) or server_user("postgres", settings.user.name)
     _require_absent(target)
-    hidden = root / ".pgherd"
-    sweep(hidden)
+    hidden = _ours(root / HIDDEN, f"look at who made it, and remove {root / HIDDEN}")
+    sweep_leftovers([hidden])
 
     @contextlib.contextmanager
     def server(binaries: Binaries) -> Iterator[ScratchServer]:

@@ -8,9 +8,12 @@ from typing import Any
 
 from psycopg import Connection
 
+from pgherd.agent.backup.deadline import Deadline
 from pgherd.postgres.connection import Target, connect
 from pgherd.proto.errors import PreconditionError
 from pgherd.storage.manifest import Extension, Tablespace
+
+_ANSWER_TIMEOUT_S = 60.0
 
 _FACTS_SQL = """
 SELECT current_setting('server_version_num')::int, current_setting('server_version'),
@@ -71,8 +74,12 @@ class ServerFacts:
 
 
 def server_facts(target: Target) -> ServerFacts:
-    """Ask the server. Raises postgres.* errors."""
-    with connect(target) as connection:
+    """Ask the server. Raises postgres.* errors, TransientError child.timeout when it hangs."""
+    with (
+        Deadline(_ANSWER_TIMEOUT_S, "asking the server about itself") as deadline,
+        connect(target) as connection,
+        deadline.over_connection(connection),
+    ):
         version_num, version, system_identifier, is_standby, superuser, checksums, may_read = connection.execute(
             _FACTS_SQL
         ).fetchall()[0]

@@ -57,6 +57,7 @@ class ServerSide:
     role_settings: Mapping[str, str]  # ALTER ROLE/DATABASE … SET that hit this role
     databases_bytes: int | None
     databases: tuple[DatabaseRights, ...]
+    databases_closed: tuple[str, ...]  # allow no connections, so no dump
     slots: tuple[Slot, ...] | None
     archiver: Archiver | None
     application_names: frozenset[str]
@@ -79,6 +80,7 @@ class HostSide:
 
     client_major: int | None = None  # of the pg_dump that a backup would use
     client_problem: str = ""
+    scratch_problem: str | None = None  # why no scratch server of the node's major can run here, "" when it can
     repository: Disk | None = None
     repository_problem: str = ""
     backups_enabled: bool = True

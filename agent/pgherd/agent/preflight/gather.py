@@ -9,15 +9,18 @@ from typing import Any, Final
 
 import psycopg
 
+from pgherd.agent.backup.deadline import Deadline
 from pgherd.agent.config import AgentConfig, NodeConfig
 from pgherd.agent.preflight.facts import Archiver, DatabaseRights, Disk, Facts, HostSide, ServerSide, Slot
-from pgherd.postgres.binaries import client_for
+from pgherd.postgres.binaries import client_for, exactly
 from pgherd.postgres.connection import Target, connect
+from pgherd.postgres.os_user import server_user
 from pgherd.proto.errors import PgherdError
 from pgherd.runtime.durable import read_secret
 
 _STATEMENT_TIMEOUT_S: Final = 10
 _LOCK_TIMEOUT_S: Final = 1.0
+_HUNG_AFTER_S: Final = 30.0  # a server that stops answering keeps no timeouts of its own
 _DATABASES_MAX: Final = 200  # beyond, the rest is left unlooked-at and said so
 
 _SETTINGS: Final = (
@@ -97,12 +100,22 @@ def gather(config: AgentConfig, node: NodeConfig) -> Facts:
 
 
 def _server(target: Target) -> ServerSide:
-    with connect(target, lock_timeout_s=_LOCK_TIMEOUT_S) as connection:
+    with (
+        Deadline(_HUNG_AFTER_S, "asking the server") as deadline,
+        connect(target, lock_timeout_s=_LOCK_TIMEOUT_S) as connection,
+        deadline.over_connection(connection),
+    ):
         connection.execute(f"SET statement_timeout = '{_STATEMENT_TIMEOUT_S}s'".encode())
         connection.execute("SET default_transaction_read_only = on")
         role, superuser, bypass, replication, standby, version, authid, groups = connection.execute(_ROLE_SQL).fetchall()[0]
         settings = dict(connection.execute(_SETTINGS_SQL, [list(_SETTINGS)]).fetchall())
         names = [row[0] for row in connection.execute("SELECT datname FROM pg_database WHERE datallowconn ORDER BY datname")]
+        closed = [
+            row[0]
+            for row in connection.execute(
+                "SELECT datname FROM pg_database WHERE NOT datallowconn AND datname <> 'template0' ORDER BY 1"
+            )
+        ]
         slots = _or_none(connection, _SLOTS_SQL)
         archiver = _or_none(connection, _ARCHIVER_SQL)
         sizes = _or_none(connection, "SELECT sum(pg_database_size(oid))::bigint FROM pg_database WHERE datallowconn")
@@ -121,6 +134,7 @@ def _server(target: Target) -> ServerSide:
             settings=settings,
             role_settings=dict(row[0].split("=", 1) for row in connection.execute(_ROLE_SETTINGS_SQL)),
             databases_bytes=sizes[0][0] if sizes else None,
+            databases_closed=tuple(closed),
             databases=tuple(_rights(target, name, number) for number, name in enumerate(names)),
             slots=tuple(Slot(*row) for row in slots) if slots is not None else None,
             archiver=Archiver(*archiver[0]) if archiver else None,
@@ -141,7 +155,11 @@ def _rights(target: Target, name: str, number: int) -> DatabaseRights:
     if number >= _DATABASES_MAX:
         return DatabaseRights(name, error=f"only the first {_DATABASES_MAX} databases are looked into")
     try:
-        with connect(target, name, lock_timeout_s=_LOCK_TIMEOUT_S) as connection:
+        with (
+            Deadline(_HUNG_AFTER_S, f"asking database {name}") as deadline,
+            connect(target, name, lock_timeout_s=_LOCK_TIMEOUT_S) as connection,
+            deadline.over_connection(connection),
+        ):
             connection.execute(f"SET statement_timeout = '{_STATEMENT_TIMEOUT_S}s'".encode())
             unreadable, with_rls = connection.execute(_RIGHTS_SQL).fetchall()[0]
             objects = connection.execute(_LARGE_OBJECTS_SQL).fetchall()[0][0]
@@ -165,6 +183,7 @@ def _host(config: AgentConfig, node: NodeConfig, major: int | None) -> HostSide:
     return HostSide(
         client_major=client_major,
         client_problem=client_problem,
+        scratch_problem=_scratch_problem(config, node, major) if major is not None else None,
         repository=repository,
         repository_problem=repository_problem,
         backups_enabled=config.backup.enabled,
@@ -172,6 +191,18 @@ def _host(config: AgentConfig, node: NodeConfig, major: int | None) -> HostSide:
         restore_roots={name: _root_problem(path) for name, path in config.policy.restore_roots.items()},
         foreign_files=_foreign_files(os.environ),
     )
+
+
+def _scratch_problem(config: AgentConfig, node: NodeConfig, major: int) -> str:
+    """Proving a backup needs a server of the same major, and an OS user that it may run as."""
+    try:
+        binaries = exactly(major, node.bin_directory)
+        for program in ("postgres", "initdb", "pg_restore", "psql"):
+            binaries.program(program)
+        server_user(config.backup.scratch_user, "pgherd-scratch", "nobody", "postgres")
+    except PgherdError as error:
+        return error.message
+    return ""
 
 
 def _repository(path: Path) -> tuple[Disk | None, str]:

@@ -51,7 +51,9 @@ def _connectivity(facts: Facts) -> Iterator[Finding]:
     if facts.server is not None:
         yield Finding("connection", "ok", f"connected as {facts.server.role}")
         return
-    severity: Severity = "unknown" if facts.connection_code in ("postgres.saturated", "postgres.timeout") else "blocker"
+    severity: Severity = (
+        "unknown" if facts.connection_code in ("postgres.saturated", "postgres.timeout", "child.timeout") else "blocker"
+    )
     remedy = facts.connection_hint or "check that the server runs and that conninfo is right"
     yield Finding("connection", severity, f"{facts.connection_message} [{facts.connection_code}]", remedy)
 
@@ -107,6 +109,10 @@ def _backup_grants(server: ServerSide, host: HostSide) -> Iterator[Finding]:
         message = f"database {database.name} can't be looked into: {database.error}"
         remedy = f"GRANT CONNECT ON DATABASE {quoted(database.name)} TO {quoted(server.role)};"
         yield Finding("grants.backup", "unknown", message, remedy)
+    for name in server.databases_closed:
+        message = f"database {name} allows no connections and can't be dumped: backups count as incomplete"
+        remedy = f"ALTER DATABASE {quoted(name)} ALLOW_CONNECTIONS true; -- or drop it"
+        yield Finding("databases.closed", "warning", message, remedy)
     read, bypass, large, authid = backup_grants(server.role, server.major)
     total = sum(database.tables_unreadable for database in server.databases)
     if total:
@@ -349,6 +355,12 @@ def _host(host: HostSide, server: ServerSide | None) -> Iterator[Finding]:
         if host.repository_problem:
             remedy = "create it as the agent's user (install -d -m 700), or set backup.repository"
             yield Finding("repository", "blocker", host.repository_problem, remedy)
+    if host.scratch_problem and server is not None:
+        message = f"no backup can be proven by restoring it here: {host.scratch_problem}"
+        remedy = f"apt install postgresql-{server.major}, or state bin_directory under [[nodes]] and backup.scratch_user"
+        yield Finding("restore.scratch", "warning", message, remedy)
+    elif host.scratch_problem == "":
+        yield Finding("restore.scratch", "ok", "a scratch server of the node's version can run here")
     if not host.restore_roots:
         yield Finding("restore_roots", "info", "no policy.restore_roots: restores go only into scratch servers")
     for name, problem in host.restore_roots.items():

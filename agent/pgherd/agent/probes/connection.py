@@ -313,7 +313,7 @@ _AUTH_TEXTS = ("password authentication failed", "no pg_hba.conf entry", "authen
 
 def connect_error(error: psycopg.Error) -> PgherdError:
     """A failed connection attempt in our words: who must act, and what next."""
-    text = str(error).strip().splitlines()[-1] if str(error).strip() else "the connection attempt failed"
+    text = " ".join(str(error).split()) or "the connection attempt failed"
     state = error.state if isinstance(error, ConnectFailed) else (error.sqlstate or "")
     lowered = text.lower()
     if state == "53300" or (not state and any(word in lowered for word in _SATURATED_TEXTS)):
