@@ -14,10 +14,15 @@ import grpc.aio
 import pytest
 
 from pgherd.agent.command.child import child_alive
+from pgherd.agent.command.disabled import DisabledCommands
 from pgherd.agent.command.executor import ExecutorSettings
+from pgherd.agent.command.outlet import Outlet
+from pgherd.agent.command.policy import Policy
+from pgherd.agent.command.session import ControlClient, SessionSettings, SpoolState
 from pgherd.proto.commands import BackupRun, Event, Offer, Ping, Restore
 from pgherd.proto.control.v1 import control_pb2 as pb
 from pgherd.proto.control.v1 import control_pb2_grpc
+from pgherd.proto.errors import IntegrityError
 from pgherd.runtime.clock import SystemClock
 from support.control import until
 from support.tiny_agent import AgentParts, build, running
@@ -332,5 +337,46 @@ def test_an_outcome_waits_until_it_can_be_journalled(tmp_path: Path) -> None:
             (directory / "journal.jsonl").rmdir()
             (directory / "aside").rename(directory / "journal.jsonl")
             await until(lambda: "succeeded" in script.of(given.command_id), "the outcome")
+
+    run(story())
+
+
+def test_commands_that_are_disabled_are_refused_by_name_on_a_living_session(tmp_path: Path) -> None:
+    """The collector keeps waiting for what is in the journal that can't be read, and offers in vain."""
+    left = "11111111-3b0e-4f42-8d9b-0f8b1a4a7c11"
+    (tmp_path / "commands" / left).mkdir(parents=True)
+    (tmp_path / "commands" / ".lock").touch()
+
+    async def story() -> None:
+        async with scripted(tmp_path) as (script, target):
+            given = offer(Ping())
+            script.offers = [given.to_wire()]
+            clock, outlet = SystemClock(), Outlet()
+            reason = IntegrityError("format.newer", "a newer journal")
+            disabled = DisabledCommands(reason, tmp_path / "commands", outlet, clock)
+            client = ControlClient(
+                settings=SessionSettings(AGENT, "test", "host", backoff_s_min=0.05, backoff_s_max=0.2),
+                dial=lambda: grpc.aio.insecure_channel(target),
+                identity_mark=lambda: 1,
+                nodes=list,
+                spool=lambda: SpoolState(0, 0),
+                policy=Policy(frozenset()),
+                journal=disabled,
+                executor=disabled,
+                outlet=outlet,
+                clock=clock,
+            )
+            session = asyncio.create_task(client.run())
+            try:
+                await until(lambda: script.of(given.command_id), "an answer to the offer")
+                await until(lambda: len(script.beats) > 2, "heartbeats")
+            finally:
+                session.cancel()
+                await asyncio.gather(session, return_exceptions=True)
+            (event,) = script.events
+            assert (event.kind, event.body["code"]) == ("rejected", "format.newer")
+            assert len(script.hellos) == 1
+            assert [one.command_id for one in script.hellos[0].unfinished] == [left]
+            assert list(script.hellos[0].verbs_allowed) == []
 
     run(story())

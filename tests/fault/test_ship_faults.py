@@ -16,6 +16,7 @@ from google.rpc import error_details_pb2, status_pb2
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
 
 from pgherd.agent.telemetry.ship import METHOD, Shipper, ShipSettings, judge
+from pgherd.proto.errors import IntegrityError
 from pgherd.runtime.clock import SystemClock
 from support.sampling import until
 from support.spooling import open_spool
@@ -96,7 +97,9 @@ async def serving(collector: Collector, port: int = 0) -> AsyncIterator[int]:
         await server.stop(None)
 
 
-def ship(directory: Path, script: list[Callable[[Any], Any]], batches: int = 3) -> tuple[Any, Collector, int]:
+def ship(
+    directory: Path, script: list[Callable[[Any], Any]], batches: int = 3, dials_failing: int = 0
+) -> tuple[Any, Collector, int]:
     """Ship `batches` batches of 10 points through the script; (counts, collector, channels opened)."""
 
     async def work() -> tuple[Any, Collector, int]:
@@ -110,6 +113,8 @@ def ship(directory: Path, script: list[Callable[[Any], Any]], batches: int = 3) 
             def channel() -> grpc.aio.Channel:
                 nonlocal channels
                 channels += 1
+                if channels <= dials_failing:
+                    raise IntegrityError("format.corrupt", "identity.json can't be read")
                 return grpc.aio.insecure_channel(f"127.0.0.1:{port}")
 
             shipper = Shipper(spool, channel, SystemClock(), SETTINGS)
@@ -178,6 +183,13 @@ def test_a_refused_identity_keeps_everything_and_dials_anew(tmp_path: Path, code
     assert collector.sequences == [1, 1, 1, 2, 3, 4]
     assert counts.acked_points == 40
     assert channels == 3, "a renewed certificate needs a new channel"
+
+
+def test_an_identity_that_cant_be_read_for_a_while_ends_nothing(tmp_path: Path) -> None:
+    """The resident's parts fail together: a shipper that raises would take the sampling with it."""
+    (counts, _), collector, channels = ship(tmp_path / "spool", [], dials_failing=2)
+    assert collector.sequences == [1, 2, 3, 4]
+    assert (counts.acked_points, channels) == (40, 3)
 
 
 def test_partial_success_is_acknowledged_and_counted(tmp_path: Path) -> None:
