@@ -101,6 +101,26 @@ def test_a_sequence_out_of_range_is_refused(world: World, sequence: int) -> None
         world.ledger.record(world.agent, Event(world.issue(), sequence, 1, "accepted"))
 
 
+def test_an_agent_can_t_fill_the_ledger_with_one_command(world: World) -> None:
+    command_id = world.issue()
+    for sequence in range(1, 33):
+        world.ledger.record(world.agent, Event(command_id, sequence, 1, "accepted"))
+    with pytest.raises(PeerError):
+        world.ledger.record(world.agent, Event(command_id, 33, 1, "accepted"))
+    assert not world.ledger.record(world.agent, Event(command_id, 32, 1, "accepted")).changed  # a repeat is no event more
+    with pytest.raises(PeerError):
+        world.ledger.record(world.agent, Event(world.issue(), 1, 1, "failed", {"code": "x", "message": "m" * 300_000}))
+    assert len(world.views.events(command_id)) == 32
+
+
+def test_a_result_of_another_verb_is_refused_and_nothing_of_it_kept(world: World) -> None:
+    command_id = world.issue()  # backup.run
+    with pytest.raises(PeerError):
+        world.ledger.record(world.agent, Event(command_id, 1, 1, "succeeded", {"agent_unix_ns": 5}))
+    assert world.views.events(command_id) == []
+    assert world.views.command(command_id)["state"] == "queued"
+
+
 def test_who_is_meant_by_a_name(world: World) -> None:
     assert world.views.node("n1")["id"] == world.views.node("c1/n1")["id"] == world.views.node(world.node)["id"] == world.node
     with pytest.raises(PreconditionError) as missing:

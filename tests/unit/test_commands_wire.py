@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from typing import Any
 
 import pytest
 
@@ -126,3 +127,27 @@ def test_verbs_take_no_other_arguments() -> None:
 def test_policies_tell_the_two_kinds_of_restore_apart() -> None:
     assert policy_name(Restore("b")) == "restore.scratch"
     assert policy_name(Restore("b", "r", "n")) == "restore.directory"
+
+
+@pytest.mark.parametrize("grade", [-1, 4, 2**31 - 1])
+def test_a_grade_that_isn_t_known_proves_nothing(grade: int) -> None:
+    """A list index would have read -1 as the best of them."""
+    results = [pb.Succeeded() for _ in range(3)]
+    open_enum: Any = grade  # any int32 may come over the wire
+    results[0].backup_verify.grade = open_enum
+    results[1].restore.grade = open_enum
+    results[2].backup_run.backup.grade = open_enum
+    for result in results:
+        with pytest.raises(PeerError):
+            Event.from_wire(pb.CommandEvent(command_id=str(uuid.uuid4()), sequence=1, succeeded=result))
+
+
+@pytest.mark.parametrize("duration_s", [float("nan"), float("inf")])
+def test_a_duration_that_json_can_t_carry_is_refused(duration_s: float) -> None:
+    """Stored, it would make every listing of commands fail."""
+    for result in (
+        pb.Succeeded(backup_verify=pb.VerifyResult(duration_s=duration_s)),
+        pb.Succeeded(restore=pb.RestoreResult(duration_s=duration_s)),
+    ):
+        with pytest.raises(PeerError):
+            Event.from_wire(pb.CommandEvent(command_id=str(uuid.uuid4()), sequence=1, succeeded=result))

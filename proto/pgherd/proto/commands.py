@@ -7,6 +7,7 @@ sides: a backup name or a directory name is one harmless path component.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -313,6 +314,20 @@ class Event:
 GRADES = ("unproven", "read back", "checked", "content-equal")
 
 
+def _grade(wire: int) -> str:
+    """Raises PeerError peer.protocol for a grade that this version doesn't know: a proof that can't be read proves nothing."""
+    if not 0 <= wire < len(GRADES):
+        raise PeerError("peer.protocol", f"a result of an unknown grade ({wire})")
+    return GRADES[wire]
+
+
+def _seconds(wire: float) -> float:
+    """Raises PeerError peer.protocol for what JSON can't carry."""
+    if not math.isfinite(wire):
+        raise PeerError("peer.protocol", f"a result that took {wire} seconds")
+    return wire
+
+
 def _backup_summary_to_wire(summary: Mapping[str, Any]) -> pb.BackupSummary:
     members = dict(summary)
     members["grade"] = GRADES.index(members.get("grade", "unproven"))
@@ -330,7 +345,7 @@ def _backup_summary_from_wire(wire: pb.BackupSummary) -> dict[str, Any]:
         "databases": list(wire.databases),
         "complete": wire.complete,
         "warnings": list(wire.warnings),
-        "grade": GRADES[wire.grade],
+        "grade": _grade(wire.grade),
     }
 
 
@@ -359,18 +374,18 @@ def _result_from_wire(wire: pb.Succeeded) -> dict[str, Any]:
             verify = wire.backup_verify
             return {
                 "backup": verify.backup,
-                "grade": GRADES[verify.grade],
+                "grade": _grade(verify.grade),
                 "read_bytes": verify.read_bytes,
-                "duration_s": verify.duration_s,
+                "duration_s": _seconds(verify.duration_s),
             }
         case "restore":
             restore = wire.restore
             return {
                 "backup": restore.backup,
-                "grade": GRADES[restore.grade],
+                "grade": _grade(restore.grade),
                 "tables_compared": restore.tables_compared,
                 "rows_compared": restore.rows_compared,
-                "duration_s": restore.duration_s,
+                "duration_s": _seconds(restore.duration_s),
                 "directory": restore.directory,
             }
         case "diagnostics":

@@ -7,6 +7,7 @@ become commands in admission.py; here they are only made durable.
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,17 @@ from pgherd.storage.control.store import ControlStore
 ACCEPT_WITHIN_DEFAULT_S = 60.0
 ACCEPT_WITHIN_MAX_S = 86400.0
 _SEQUENCE_MAX = 2**31 - 1
+# What one command may leave behind, whoever reports it: honest agents send four events, the longest some kilobytes.
+_EVENTS_MAX = 32
+_BODY_BYTES_MAX = 256 * 1024
+# A member by which the result of a verb is told from another's.
+_RESULT_MEMBER = {
+    "ping": "agent_unix_ns",
+    "backup.run": "system_identifier",
+    "backup.verify": "read_bytes",
+    "restore": "tables_compared",
+    "diagnostics": "findings",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +160,7 @@ class Ledger:
         audit. Raises DeniedError identity.mismatch for another
         agent's command (audited), PeerError peer.protocol for a sequence out of range.
         """
-        if not 1 <= event.sequence <= _SEQUENCE_MAX:
-            raise PeerError("peer.protocol", f"event sequence {event.sequence} is out of range")
+        _check_bounds(event)
         now_unix_ns = self._clock.wall_unix_ns()
         actor = f"agent:{agent_id}"
         with self._store.begin() as connection:
@@ -160,6 +171,7 @@ class Ledger:
                 return Recorded(None, changed=False, known=False)
             if row.agent_id == agent_id:
                 before = State(row.state)
+                _check_result(row, event)
                 if not _append(connection, event, now_unix_ns):
                     return Recorded(before, changed=False)
                 life = _apply(connection, row, [])
@@ -328,6 +340,10 @@ def _append(connection: Connection, event: Event, now_unix_ns: int) -> bool:
         if newest is not None and newest >= event.sequence:
             return False
         connection.execute(older)
+    elif connection.execute(select(func.count()).select_from(command_events).where(mine)).scalar_one() >= _EVENTS_MAX:
+        known = select(command_events.c.sequence).where(mine, command_events.c.sequence == event.sequence)
+        if connection.execute(known).first() is None:
+            raise PeerError("peer.protocol", "more events than a command can have", command_id=event.command_id)
     added = connection.execute(
         upsert(command_events)
         .values(
@@ -369,6 +385,19 @@ def _apply(connection: Connection, row: Row[Any], inputs: Sequence[Input]) -> Li
 
 def _plain(members: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return None if members is None else dict(members)
+
+
+def _check_bounds(event: Event) -> None:
+    if not 1 <= event.sequence <= _SEQUENCE_MAX:
+        raise PeerError("peer.protocol", f"event sequence {event.sequence} is out of range")
+    body_bytes = len(json.dumps(dict(event.body)))
+    if body_bytes > _BODY_BYTES_MAX:
+        raise PeerError("peer.protocol", f"an event of {body_bytes} bytes; at most {_BODY_BYTES_MAX}")
+
+
+def _check_result(row: Row[Any], event: Event) -> None:
+    if event.kind == "succeeded" and _RESULT_MEMBER[row.verb] not in event.body:
+        raise PeerError("peer.protocol", f"the result isn't one of {row.verb}", command_id=event.command_id)
 
 
 def _foreign(agent_id: str, command_id: str) -> DeniedError:
