@@ -16,7 +16,7 @@ import pytest
 
 from pgherd.agent.backup.deadline import Deadline
 from pgherd.agent.backup.dump import judged_lines
-from pgherd.agent.backup.watch import SnapshotWatch, watching
+from pgherd.agent.backup.watch import SnapshotWatch, require_free, watching
 from pgherd.postgres.connection import Target, connect
 from pgherd.proto.errors import ConfigError, PgherdError, PreconditionError, TransientError
 from support.backup import BackupNode, backup_node
@@ -225,3 +225,10 @@ def test_a_database_after_an_upgrade_of_icu_is_backed_up_completely(private_post
     node = backup_node(private_postgres, home)
     taken = node.run()
     assert (taken["complete"], taken["warnings"]) == (True, [])
+
+
+def test_room_is_asked_for_before_it_is_needed(tmp_path: Path) -> None:
+    free_bytes = shutil.disk_usage(tmp_path).free
+    require_free(tmp_path / "not" / "yet", free_bytes // 4, free_bytes // 4)
+    with pytest.raises(TransientError, match="are needed"):
+        require_free(tmp_path / "not" / "yet", free_bytes // 4, free_bytes)

@@ -172,9 +172,12 @@ class Server:
     def pause(self) -> None:
         """SIGSTOP the postmaster and all its backends: a server that accepts TCP and answers nothing."""
         os.kill(self.pid, signal.SIGSTOP)
-        for process in psutil.Process(self.pid).children(recursive=True):
+        family = [psutil.Process(self.pid), *psutil.Process(self.pid).children(recursive=True)]
+        for process in family[1:]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.suspend()
+        for process in family:  # the kernel stops them when it comes to it
+            wait_until(lambda process=process: _is_stopped(process), 10, "a stopped server")  # type: ignore[misc]
 
     def resume(self) -> None:
         """Undo `pause`; harmless otherwise."""
@@ -194,6 +197,13 @@ class Server:
             for name, value in settings.items():
                 connection.execute(sql.SQL("ALTER SYSTEM SET {} = {}").format(sql.Identifier(name), sql.Literal(value)))
             connection.execute("SELECT pg_reload_conf()")
+
+
+def _is_stopped(process: psutil.Process) -> bool:
+    try:
+        return process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 @dataclass(frozen=True, slots=True)
