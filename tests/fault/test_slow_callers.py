@@ -82,9 +82,20 @@ def test_a_request_that_doesn_t_arrive_is_hung_up_on(address: tuple[str, int], s
         assert _is_hung_up_on(connection)
 
 
+def test_half_a_request_after_an_answer_is_hung_up_on(address: tuple[str, int]) -> None:
+    with socket.create_connection(address, 10) as connection:
+        connection.sendall(WHOLE)
+        answer = b""
+        while not answer.endswith(b"\r\n\r\nx"):
+            answer += connection.recv(65536)
+        connection.sendall(b"GET /a HTTP/1.1\r\n")  # ends uvicorn's keep-alive timer
+        assert _is_hung_up_on(connection)
+
+
 def test_an_answer_that_isn_t_taken_is_hung_up_on(address: tuple[str, int]) -> None:
     with socket.create_connection(address, 10) as connection:
         connection.sendall(b"GET /big HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert connection.recv(12) == b"HTTP/1.1 200"
         local = connection.getsockname()
 
         def is_gone() -> bool:
@@ -124,7 +135,8 @@ def test_one_connection_too_many_is_closed_and_room_comes_back() -> None:
             listener.accept()
         assert _is_hung_up_on(callers[-1])
         assert (listener.connections, listener.refused) == (2, 1)
-        accepted.pop().close()
+        left = accepted.pop()  # held on to: its end is what counts, not the garbage collector
+        left.close()
         callers.append(_dial(listener))
         accepted.append(listener.accept()[0])
         assert listener.connections == 2

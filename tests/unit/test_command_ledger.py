@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import func, select
 
 from pgherd.collector.control.herd import Herd
-from pgherd.collector.control.ledger import Ledger
+from pgherd.collector.control.ledger import AUDIT_KEPT_NS, COMMANDS_KEPT_NS, Ledger
 from pgherd.collector.control.views import Views
 from pgherd.proto.commands import BackupRun, Event, Ping
 from pgherd.proto.errors import ConfigError, PeerError, PreconditionError
-from pgherd.storage.control.schema import agents
+from pgherd.storage.control.schema import agents, audit
 from pgherd.storage.control.store import ControlStore
 from support.control import ManualClock, add_node, enrol
 
@@ -99,6 +100,30 @@ def test_a_deadline_has_bounds(world: World, seconds: float) -> None:
 def test_a_sequence_out_of_range_is_refused(world: World, sequence: int) -> None:
     with pytest.raises(PeerError):
         world.ledger.record(world.agent, Event(world.issue(), sequence, 1, "accepted"))
+
+
+def test_what_ended_long_ago_is_forgotten_and_nothing_else(world: World) -> None:
+    ended, open_still = world.issue(), world.issue()
+    world.ledger.record(world.agent, Event(ended, 1, 1, "failed", {"code": "x", "message": "m"}))  # by a clock of 1970
+    world.ledger.record(world.agent, Event(open_still, 1, 1, "accepted"))
+    late = world.issue()
+    world.clock.advance(COMMANDS_KEPT_NS / 1e9 - 1)
+    world.ledger.record(world.agent, Event(late, 1, 1, "failed", {"code": "x", "message": "m"}))
+    assert world.ledger.prune() == 0
+    world.clock.advance(2)
+    assert world.ledger.prune() == 1
+    with pytest.raises(PreconditionError):
+        world.views.command(ended)
+    assert [world.views.command(one)["state"] for one in (open_still, late)] == ["accepted", "failed"]
+    with world.store.read() as connection:
+        kept = connection.execute(select(func.count()).select_from(audit)).scalar_one()
+    world.clock.advance((AUDIT_KEPT_NS - COMMANDS_KEPT_NS) / 1e9)
+    assert world.ledger.prune(limit=2) == 3  # the late command, and two rows of the audit
+    world.ledger.prune()
+    with world.store.read() as connection:
+        left = connection.execute(select(audit.c.action)).scalars().all()
+    assert 0 < len(left) < kept  # what happened on the last day, above all
+    assert world.views.command(open_still)["open"]
 
 
 def test_an_agent_can_t_fill_the_ledger_with_one_command(world: World) -> None:

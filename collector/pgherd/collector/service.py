@@ -33,7 +33,7 @@ from pgherd.collector.api.control import control_router
 from pgherd.collector.api.identity import identity_router
 from pgherd.collector.api.prometheus import prometheus_router
 from pgherd.collector.api.query_pool import QueryPool
-from pgherd.collector.api.serving import OwnedServer, strangers_server
+from pgherd.collector.api.serving import EXCHANGE_TIMEOUT_S, REQUEST_TIMEOUT_S, OwnedServer, strangers_server
 from pgherd.collector.api.socketpeer import PeerCredentialProtocol
 from pgherd.collector.config import CollectorConfig, ReceiverConfig
 from pgherd.collector.control.dispatch import Dispatcher
@@ -212,10 +212,14 @@ class Collector:
         app = http_app(
             authenticator, self._routers(), ready=self._ready, families=families, shipments=self.stores.series.shipments
         )
+
+        class Protocol(PeerCredentialProtocol):
+            exchange_timeout_s = max(EXCHANGE_TIMEOUT_S, self._config.query.timeout + REQUEST_TIMEOUT_S)
+
         return OwnedServer(
             uvicorn.Config(
                 app,
-                http=PeerCredentialProtocol,
+                http=Protocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,

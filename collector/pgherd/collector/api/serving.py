@@ -53,7 +53,8 @@ class TimedProtocol(H11Protocol):
             self._hang_up_in(self.request_timeout_s)
 
     def on_response_complete(self) -> None:
-        self._forget_deadline()
+        if not self.transport.get_write_buffer_size():  # "complete" is when all is in the buffer, taken or not
+            self._forget_deadline()
         self._is_request_whole = False
         super().on_response_complete()  # uvicorn's keep-alive timer takes over, unless a pipelined request waited
         if self.timeout_keep_alive_task is None:

@@ -2,7 +2,7 @@
 
 Never broken:
 
-- one idempotency key names one request for ever: repeated it returns the first command's id, changed it
+- one idempotency key names one request as long as the ledger keeps it: repeated it returns the first command's id, changed it
   is refused;
 - a node is offered at most one exclusive command at a time, in order of issue; the others wait `queued`
   and their deadlines run on;

@@ -21,6 +21,7 @@ _log = get_logger(__name__)
 
 _SWEEP_INTERVAL_S = 1.0
 _FLUSH_INTERVAL_S = 5.0
+_PRUNE_INTERVAL_S = 60.0  # a thousand rows a minute: more than a herd of ten thousand servers writes
 
 
 class SubmitOptions(TypedDict, total=False):
@@ -37,6 +38,7 @@ class Dispatcher:
     def __init__(self, ledger: Ledger, herd: Herd) -> None:
         self.ledger = ledger
         self.herd = herd
+        self._next_prune_s = 0.0
         self._wakers: dict[str, asyncio.Event] = {}
         self._waiting: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
 
@@ -99,6 +101,9 @@ class Dispatcher:
                     if now_s - last_flush_s >= _FLUSH_INTERVAL_S:
                         last_flush_s = now_s
                         await asyncio.to_thread(self.herd.flush)
+                    if now_s >= self._next_prune_s:
+                        self._next_prune_s = now_s + _PRUNE_INTERVAL_S
+                        await asyncio.to_thread(self.ledger.prune)
                 except PgherdError as error:  # a full disk must not end the loop: try again at the next turn
                     _log.error("control.sweep_failed", code=error.code, error=error.message)
         finally:
