@@ -16,6 +16,7 @@ import pytest
 
 from pgherd.agent.backup.deadline import Deadline
 from pgherd.agent.backup.dump import judged_lines
+from pgherd.agent.backup.rebuild import roles_sql
 from pgherd.agent.backup.watch import SnapshotWatch, require_free, watching
 from pgherd.postgres.connection import Target, connect
 from pgherd.proto.errors import ConfigError, PgherdError, PreconditionError, TransientError
@@ -232,3 +233,17 @@ def test_room_is_asked_for_before_it_is_needed(tmp_path: Path) -> None:
     require_free(tmp_path / "not" / "yet", free_bytes // 4, free_bytes // 4)
     with pytest.raises(TransientError, match="are needed"):
         require_free(tmp_path / "not" / "yet", free_bytes // 4, free_bytes)
+
+
+def test_roles_are_sql_and_nothing_for_psql() -> None:
+    dumped = (
+        b"--\n-- PostgreSQL database cluster dump\n--\n\n\\restrict Abc1\n\nSET client_encoding = 'LATIN1';\n\n"
+        b'CREATE ROLE a;\nALTER ROLE a;\nCREATE ROLE "Boss";\nALTER ROLE "Boss" WITH SUPERUSER;\n'
+        b"COMMENT ON ROLE a IS 'x\n\\unrestrict Abc2\n\\restrict no\nCREATE ROLE \"Boss\";\n\xe9';\n\n\\unrestrict Abc1\n\nALTER ROLE ALL SET work_mem TO '1MB';\n"
+    )
+    encoding, statements = roles_sql(dumped, "Boss")
+    assert encoding == "LATIN1"
+    assert statements == dumped.replace(b"\\restrict Abc1\n", b"").replace(b"\\unrestrict Abc1\n", b"").replace(
+        b'CREATE ROLE "Boss";\n', b"", 1
+    )
+    assert roles_sql(b"CREATE ROLE x;\n", "y") == ("UTF8", b"CREATE ROLE x;\n")

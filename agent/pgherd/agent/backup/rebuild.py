@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from psycopg import sql
+from psycopg import Connection, sql
 
 from pgherd.agent.backup.deadline import Deadline
 from pgherd.agent.backup.dump import Progress
@@ -73,9 +74,7 @@ def rebuild(work: Rebuilding) -> bool:
         connection.execute("ALTER DATABASE template1 IS_TEMPLATE false")
         connection.execute("DROP DATABASE template1")
         connection.execute("DROP DATABASE postgres")
-        _feed(
-            work, work.manifest.part_of_role("roles"), _psql(work), _without_bootstrap_role(work.manifest.bootstrap_superuser)
-        )
+        _create_roles(work, connection)
         logs_in = bool(connection.execute("SELECT rolcanlogin FROM pg_roles WHERE oid = 10").fetchall()[0][0])
         if not logs_in:  # we have no other role to come back as
             connection.execute(_superuser(work, "LOGIN"))
@@ -90,7 +89,7 @@ def rebuild(work: Rebuilding) -> bool:
     for database in work.manifest.databases:
         argv: list[str | Path] = [work.client.program("pg_restore"), "--create", "--exit-on-error"]
         argv += ["-d", work.server.conninfo(_WORKSHOP)]
-        _feed(work, work.manifest.part(database.part), argv, iter)
+        _feed(work, work.manifest.part(database.part), argv)
     return logs_in
 
 
@@ -108,27 +107,43 @@ def _superuser(work: Rebuilding, attribute: str) -> sql.Composed:
     return sql.SQL("ALTER ROLE {} {}").format(sql.Identifier(work.manifest.bootstrap_superuser), sql.SQL(attribute))
 
 
-def _psql(work: Rebuilding) -> list[str | Path]:
-    argv: list[str | Path] = [work.client.program("psql"), "-X", "-q", "-v", "ON_ERROR_STOP=1"]
-    return [*argv, "-d", work.server.conninfo(_WORKSHOP), "-f", "-"]
-
-
-def _feed(
-    work: Rebuilding,
-    part: Part,
-    argv: Sequence[str | Path],
-    filtered: Callable[[Iterator[bytes]], Iterator[bytes]],
-) -> None:
-    """Stream a part's plain bytes into a program and judge its end."""
-
+def _chunks(work: Rebuilding, part: Part) -> Iterator[bytes]:
     def passed(count: int) -> None:
         work.progress(f"restore {part.name}", count, part.stored_bytes, "bytes")
 
-    chunks = plain_chunks(work.repository.store, work.repository.prefix(work.manifest.name), part, passed)
+    return plain_chunks(work.repository.store, work.repository.prefix(work.manifest.name), part, passed)
+
+
+def _create_roles(work: Rebuilding, connection: Connection[Any]) -> None:
+    """Execute the roles part as SQL. Not through psql: a backslash command that somebody got into a role's
+    name or comment would be executed by us, perhaps as root (CVE-2025-8714)."""
+    text = b"".join(_chunks(work, work.manifest.part_of_role("roles")))  # roles are small: a hundred bytes each
+    encoding, statements = roles_sql(text, work.manifest.bootstrap_superuser)
+    connection.execute(sql.SQL("SET client_encoding TO {}").format(sql.Literal(encoding)))
+    connection.execute(statements)
+    connection.execute("SET client_encoding TO 'UTF8'")
+
+
+def roles_sql(text: bytes, bootstrap_superuser: str) -> tuple[str, bytes]:
+    """(client encoding, statements) of pg_dumpall's output: without psql's `\\restrict` around them, and without
+    the one `CREATE ROLE` of the superuser that initdb made; its ALTER ROLE (attributes, password) stays."""
+    restricted = re.match(rb"((?:--[^\n]*\n|\n)*)\\restrict ([A-Za-z0-9]+)\n", text)
+    if restricted:
+        text = restricted[1] + text[restricted.end() :].replace(b"\n\\unrestrict " + restricted[2] + b"\n", b"\n", 1)
+    encoding = re.search(rb"^SET client_encoding = '(\w+)';$", text, re.MULTILINE)
+    plain = re.escape(bootstrap_superuser.encode())
+    quoted = re.escape(b'"' + bootstrap_superuser.replace('"', '""').encode() + b'"')
+    created = re.compile(rb"^CREATE ROLE (?:" + plain + rb"|" + quoted + rb");\n", re.MULTILINE)
+    return (encoding[1].decode() if encoding else "UTF8"), created.sub(b"", text, count=1)
+
+
+def _feed(work: Rebuilding, part: Part, argv: Sequence[str | Path]) -> None:
+    """Stream a part's plain bytes into a program and judge its end."""
+    chunks = _chunks(work, part)
     with running(argv, env=clean_environment(), pipe_stdin=True) as child, work.deadline.over_child(child):
         damage: IntegrityError | None = None
         try:
-            for chunk in filtered(chunks):
+            for chunk in chunks:
                 child.stdin.write(chunk)
             child.stdin.close()
         except BrokenPipeError:
@@ -149,17 +164,6 @@ def _damage_in_rest(chunks: Iterator[bytes]) -> IntegrityError | None:
     except IntegrityError as error:
         return error
     return None
-
-
-def _without_bootstrap_role(name: str) -> Callable[[Iterator[bytes]], Iterator[bytes]]:
-    """Drop the one `CREATE ROLE` of the superuser that initdb made; its ALTER ROLE (attributes, password) stays."""
-    quoted = re.escape('"' + name.replace('"', '""') + '"')
-    line = re.compile(rf"^CREATE ROLE (?:{re.escape(name)}|{quoted});\n".encode(), re.MULTILINE)
-
-    def filtered(chunks: Iterator[bytes]) -> Iterator[bytes]:
-        yield line.sub(b"", b"".join(chunks), count=1)  # roles are small: a hundred bytes each
-
-    return filtered
 
 
 # ---- comparing ----------------------------------------------------------------------------------

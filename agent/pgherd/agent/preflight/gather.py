@@ -197,7 +197,7 @@ def _scratch_problem(config: AgentConfig, node: NodeConfig, major: int) -> str:
     """Proving a backup needs a server of the same major, and an OS user that it may run as."""
     try:
         binaries = exactly(major, node.bin_directory)
-        for program in ("postgres", "initdb", "pg_restore", "psql"):
+        for program in ("postgres", "initdb", "pg_restore"):
             binaries.program(program)
         server_user(config.backup.scratch_user, "pgherd-scratch", "nobody", "postgres")
     except PgherdError as error:
