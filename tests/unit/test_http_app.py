@@ -16,6 +16,7 @@ from pgherd.collector.api.auth import Authenticator
 from pgherd.collector.exposition import Family, render, single
 from pgherd.collector.identity.apitokens import Scope, create_api_token
 from pgherd.runtime.clock import SystemClock
+from pgherd.runtime.logging import configure
 from pgherd.storage.control.store import ControlStore
 
 FAMILIES = [
@@ -88,11 +89,13 @@ def test_metrics_are_prometheus_text(harness: Harness) -> None:
     assert 'pgherd_y_total{code="a\\"b\\\\c\\n"} 3\n' in text
 
 
-def test_a_bug_is_told_without_details(harness: Harness) -> None:
+def test_a_bug_is_told_without_details(harness: Harness, capfd: pytest.CaptureFixture[str]) -> None:
+    configure(json=True)  # as the collector does; structlog's own default draws tracebacks with all locals, for seconds
     answer = harness.call("GET", "/broken")
     assert answer.status_code == 500
     assert answer.json()["code"] == "invariant.broken"
     assert "secret detail" not in answer.text
+    assert "secret detail" in capfd.readouterr().err
 
 
 def test_unknown_paths_are_told_in_the_callers_language(harness: Harness) -> None:

@@ -61,7 +61,7 @@ from pgherd.proto.control.v1 import control_pb2_grpc
 from pgherd.proto.enrolment import join_address, split_address
 from pgherd.proto.errors import ConfigError, PreconditionError
 from pgherd.runtime.clock import SystemClock
-from pgherd.runtime.durable import exclusive_lock, private_directory, read_secret, storage_error
+from pgherd.runtime.durable import exclusive_lock, private_directory, read_secret
 from pgherd.runtime.logging import get_logger
 from pgherd.storage.control.store import ControlStore
 from pgherd.storage.series.database import DatabaseSettings
@@ -108,11 +108,7 @@ def _stores(config: CollectorConfig, clock: Clock) -> Iterator[_Stores]:
     """Both stores, open, under the state directory's lock. Raises what opening raises, ConfigError config.invalid."""
     layout = Layout(config.state_directory)
     private_directory(layout.root)  # whoever can write there can replace the CA
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(exclusive_lock(layout.lock, f"the collector's state directory {layout.root}"))
-        except OSError as error:
-            raise storage_error(error, layout.lock, "locking") from error
+    with exclusive_lock(layout.lock, f"the collector's state directory {layout.root}"), contextlib.ExitStack() as stack:
         control = ControlStore.open(layout.control)
         stack.callback(control.close)
         settings = SeriesSettings(
