@@ -168,6 +168,45 @@ def test_a_damaged_request_is_refused_or_still_proves_its_key(position: int, byt
         assert isinstance(key.curve, ec.SECP256R1)
 
 
+def test_versions_that_nobody_issues_are_refused() -> None:
+    """cryptography raises an exception of no family for these; a random byte found it."""
+    der = bytearray(_der(_HONEST))
+    der[der.index(b"\x02\x01\x00") + 2] = 1
+    with pytest.raises(PgherdError) as request:
+        requested_key(_pem("CERTIFICATE REQUEST", bytes(der)))
+    assert request.value.code == "join.csr_invalid"
+    der = bytearray(_certificate_der())
+    der[der.index(b"\x02\x01\x02") + 2] = 7
+    with pytest.raises(PgherdError) as certificate:
+        read_peer(_pem("CERTIFICATE", bytes(der)).encode(), _ca().certificate_pem, _ca().trust_domain)
+    assert certificate.value.code == "identity.missing"
+
+
+@pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")  # a damaged serial number
+@settings(max_examples=300, deadline=None)
+@given(position=st.integers(0, 10_000), byte=st.integers(0, 255))
+def test_a_damaged_certificate_names_nobody(position: int, byte: int) -> None:
+    whole = _certificate_der()
+    der = bytearray(whole)
+    der[position % len(der)] = byte
+    if der == whole:
+        return
+    with pytest.raises(PgherdError) as caught:
+        read_peer(_pem("CERTIFICATE", bytes(der)).encode(), _ca().certificate_pem, _ca().trust_domain)
+    assert caught.value.code in {"identity.missing", "peer.untrusted"}
+
+
+@functools.cache
+def _certificate_der() -> bytes:
+    _, key = requested_key(request_pem())
+    issued = _ca().issue_client(key, PeerKind.AGENT, str(uuid.uuid4()), NOW_UNIX_NS, 86400.0)
+    return x509.load_pem_x509_certificate(issued.pem.encode()).public_bytes(Encoding.DER)
+
+
+def _pem(kind: str, der: bytes) -> str:
+    return f"-----BEGIN {kind}-----\n{base64.encodebytes(der).decode()}-----END {kind}-----\n"
+
+
 @given(st.text(max_size=200))
 def test_any_text_is_refused_by_name(text: str) -> None:
     with pytest.raises(PgherdError) as caught:

@@ -17,7 +17,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -29,7 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from pgherd.collector.identity.peer import PeerKind, serial_text, spiffe_id
+from pgherd.collector.identity.peer import UNREADABLE, PeerKind, serial_text, spiffe_id
 from pgherd.proto.enrolment import BODY_BYTES_MAX
 from pgherd.proto.errors import IntegrityError, PeerError, PreconditionError
 from pgherd.runtime.durable import private_directory, publish, storage_error
@@ -103,7 +102,7 @@ class CertificateAuthority:
             ) from error
         except OSError as error:
             raise storage_error(error, directory, "reading the CA in") from error
-        except (ValueError, x509.ExtensionNotFound) as error:
+        except UNREADABLE as error:
             raise IntegrityError("format.corrupt", f"the CA in {directory} can't be read", path=str(directory)) from error
         if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
             raise IntegrityError(
@@ -166,7 +165,7 @@ def requested_key(request_pem: str) -> tuple[x509.CertificateSigningRequest, ec.
         request = x509.load_pem_x509_csr(request_pem.encode("ascii"))
         key = request.public_key()
         proven = request.is_signature_valid
-    except (ValueError, UnsupportedAlgorithm, InvalidSignature, TypeError) as error:
+    except UNREADABLE as error:
         raise PeerError("join.csr_invalid", "the certificate request can't be read") from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise PeerError("join.csr_invalid", "the certificate request must hold an EC P-256 key", key=type(key).__name__)

@@ -18,7 +18,7 @@ from functools import lru_cache
 from typing import Protocol
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 
 from pgherd.proto.errors import DeniedError, InvariantError
 
@@ -55,6 +55,18 @@ class StandingSource(Protocol):
         """The standing of each known serial. Raises TransientError store.unavailable."""
         ...
 
+
+# All that reading a stranger's certificate or request can raise; half of it has no common root in cryptography.
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    InvalidSignature,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.ExtensionNotFound,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
 
 _current: ContextVar[Peer] = ContextVar("pgherd_peer")
 
@@ -114,11 +126,11 @@ def read_peer(certificate_pem: bytes, ca_pem: bytes, trust_domain: str) -> Peer:
     try:
         certificate = x509.load_pem_x509_certificate(certificate_pem)
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (ValueError, x509.ExtensionNotFound) as error:
+    except UNREADABLE as error:
         raise DeniedError("identity.missing", "the client certificate can't be read or names nobody") from error
     try:
         certificate.verify_directly_issued_by(x509.load_pem_x509_certificate(ca_pem))
-    except (InvalidSignature, ValueError, TypeError) as error:
+    except UNREADABLE as error:
         raise DeniedError("peer.untrusted", "the client certificate isn't signed by this herd's CA") from error
     uris = names.get_values_for_type(x509.UniformResourceIdentifier)
     if len(uris) != 1:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import grpc
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
 from pgherd.collector.identity.ca import CertificateAuthority
+from pgherd.collector.identity.peer import UNREADABLE
 from pgherd.proto.clock import Clock
 from pgherd.proto.errors import PgherdError
 from pgherd.runtime.durable import private_directory, publish
@@ -122,7 +122,7 @@ class ServerCertificate:
             certificate = x509.load_pem_x509_certificate(content)
             certificate.verify_directly_issued_by(self._ca.certificate)
             names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        except (FileNotFoundError, ValueError, InvalidSignature, x509.ExtensionNotFound):
+        except (FileNotFoundError, *UNREADABLE):
             return None
         if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
             return None
