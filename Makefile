@@ -12,14 +12,16 @@ help: ## List the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 # Hashes and editable installs don't mix in one pip call, hence two.
+# Its output goes to stderr: stdout belongs to what was asked for (`--json`).
 $(STAMP): requirements.lock pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-	touch $(STAMP)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) >&2
+	@echo "installing what requirements.lock pins into $(VENV) ..." >&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock >&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . >&2
+	@touch $(STAMP)
 
 demo: $(STAMP) ## Run a herd on this machine (ARGS="--for 60s --json" runs unattended)
-	$(BIN)/python deploy/demo/demo.py $(ARGS)
+	@$(BIN)/python deploy/demo/demo.py $(ARGS)
 
 test: $(STAMP) ## The hermetic test suite
 	$(BIN)/python -m pytest -m "not peers" -n 2 --dist loadfile -q $(ARGS)
@@ -38,7 +40,7 @@ test-peers: $(STAMP) ## Compare with Debian's Prometheus and others (needs root 
 	$(BIN)/python -m pytest -m peers -q $(ARGS)
 
 bench: $(STAMP) ## Measure and print tables
-	$(BIN)/python tests/perf/bench.py $(ARGS)
+	@$(BIN)/python tests/perf/bench.py $(ARGS)
 
 proto: $(STAMP) ## Generate the wire code
 	$(BIN)/python proto/generate.py

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 import psutil
 
+from pgherd.runtime.durable import is_locked
+
 BIN = Path(sys.executable).parent
 
 
@@ -157,3 +159,18 @@ def survivors(workspace: Path) -> list[int]:
         for process in psutil.process_iter(["pid", "cmdline"])
         if process.pid != os.getpid() and any(str(workspace) in part for part in process.info["cmdline"] or [])
     ]
+
+
+def end_orphans(parent: Path) -> None:
+    """End what a demo that was killed with -9 left running: processes of workspaces that nobody holds any more."""
+    for lock in parent.glob("s-*.lock"):
+        if is_locked(lock):
+            continue
+        for pid in survivors(lock.with_suffix("")):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process = psutil.Process(pid)
+                process.terminate()
+                try:
+                    process.wait(10)
+                except psutil.TimeoutExpired:
+                    process.kill()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import os
 import re
 import signal
 import sys
@@ -20,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # run as a script: its modules are siblings
 
-from commands import measuring, survivors
+from commands import end_orphans, measuring, survivors
 from herd import Herd, herd
 from rich.console import Console
 from rich.live import Live
@@ -33,7 +34,7 @@ from pgherd.proto.errors import PgherdError
 from pgherd.runtime.config import parse_duration_s
 from pgherd.runtime.render import emit_json, render_error
 
-PARENT = Path(tempfile.gettempdir()) / "pgherd-demo"
+PARENT = Path(tempfile.gettempdir()) / f"pgherd-demo-{os.geteuid()}"  # each OS user's own
 
 
 def arguments() -> argparse.Namespace:
@@ -96,6 +97,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     started_mono_s = time.monotonic()
     console = Console(stderr=True)
     with contextlib.ExitStack() as stack:
+        end_orphans(PARENT)
         sweep(PARENT)
         directory = stack.enter_context(workspace(PARENT))
         console.print("starting PostgreSQL …", style="dim")
@@ -118,6 +120,8 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
             for service in running.services:
                 console.print(f"--- {service.name}\n{service.tail()}", highlight=False, markup=False)
     left = survivors(directory)
+    with contextlib.suppress(OSError):  # not empty while another demo of ours runs
+        PARENT.rmdir()
     with story.step("nothing is left running or behind") as step:
         step.figures = {"processes": left, "files": [str(directory)] if directory.exists() else []}
         step.ok = not left and not directory.exists()
@@ -133,9 +137,14 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     return summary, story.ok
 
 
+def interrupt(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> int:
     options = arguments()
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal ends the herd too
+        signal.signal(number, interrupt)
     try:
         summary, ok = run(options)
     except PgherdError as error:

@@ -252,6 +252,7 @@ class Story:
             }
         with self.step("samples counted = samples stored") as step:
             until(lambda: all(agent["connected"] for agent in herd.pgherd("agents", "ls")), 40, "both agents connected again")
+            until(lambda: not any(self._waiting_points(name) for name in ("primary", "standby")), 60, "empty spools")
             for agent in herd.agents:  # a herd that stands still can be counted exactly; an agent drains its spool as it stops
                 agent.stop()
             books = {name: herd.agent_call(name, "status")["spool"] for name in ("primary", "standby")}
@@ -272,6 +273,9 @@ class Story:
             for agent in herd.agents:
                 agent.start()
             until(lambda: all(node["condition"] == "up" for node in herd.pgherd("nodes", "ls")), 40, "both nodes up again")
+
+    def _waiting_points(self, name: str) -> int:
+        return int(self.herd.agent_call(name, "status")["spool"]["waiting_points"])
 
     def _sampled_points(self) -> int:
         return int(self.herd.agent_call("primary", "status")["spool"]["sampled_points"])

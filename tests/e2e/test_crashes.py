@@ -72,6 +72,11 @@ def test_kills_lose_and_repeat_nothing(running_herd: Herd) -> None:
     assert ended["state"] in ("succeeded", "failed"), ended
     finals = [event for event in ended["events"] if event["kind"] in ("succeeded", "failed", "indeterminate", "rejected")]
     assert len(finals) == 1, ended["events"]
+    until(
+        lambda: not any(running.agent_call(n, "status")["spool"]["waiting_points"] for n in ("primary", "standby")),
+        60,
+        "empty spools",
+    )
     for service in running.agents:
         service.stop()
     for name in ("primary", "standby"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -38,15 +39,6 @@ STEPS = [
 ]
 
 
-def demo_processes() -> set[int]:
-    """Processes of any demo's workspace."""
-    return {
-        process.pid
-        for process in psutil.process_iter(["cmdline"])
-        if any("/pgherd-demo/" in part for part in process.info["cmdline"] or [])
-    }
-
-
 @pytest.mark.timeout(300)
 def test_the_story_is_all_true() -> None:
     finished = subprocess.run([*DEMO, "--for", "1s", "--json"], capture_output=True, text=True, timeout=280)
@@ -66,13 +58,18 @@ def test_the_story_is_all_true() -> None:
 
 
 @pytest.mark.timeout(120)
-def test_ctrl_c_leaves_nothing() -> None:
-    """SIGINT in the middle of the story, as a terminal sends it."""
-    before = demo_processes()
-    with subprocess.Popen([*DEMO, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as demo:
-        wait_until(lambda: len(demo_processes() - before) >= 5 or demo.poll() is not None, 60, "a running herd")
-        mine = demo_processes() - before
-        demo.send_signal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=["Ctrl-C", "terminal closed"])
+def test_ending_it_leaves_nothing(number: signal.Signals) -> None:
+    """In the middle of the story, to the whole foreground group, as a terminal sends it."""
+    argv = [*DEMO, "--json"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as demo:
+        herd = psutil.Process(demo.pid)
+        wait_until(lambda: len(herd.children(recursive=True)) >= 8 or demo.poll() is not None, 60, "a running herd")
+        mine = herd.children(recursive=True)
+        workspaces = {part for process in mine for part in " ".join(process.cmdline()).split() if "/pgherd-demo-" in part}
+        os.killpg(demo.pid, number)
         _, errors = demo.communicate(timeout=60)
     assert demo.returncode == 130, errors
-    assert not {pid for pid in mine if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE}
+    assert workspaces, "the herd's command lines name its workspace"
+    assert [process for process in mine if process.is_running() and process.status() != psutil.STATUS_ZOMBIE] == []
+    assert [path for path in workspaces if Path(path).exists()] == []

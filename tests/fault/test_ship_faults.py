@@ -13,10 +13,15 @@ import grpc.aio
 import pytest
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
-from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
+    ExportMetricsServiceRequest,
+    ExportMetricsServiceResponse,
+)
 
+from pgherd.agent.telemetry.convert import Source, encode, series_of
 from pgherd.agent.telemetry.ship import METHOD, Shipper, ShipSettings, judge
 from pgherd.proto.errors import IntegrityError
+from pgherd.proto.samples import Metric, MetricKind, Sample
 from pgherd.runtime.clock import SystemClock
 from support.sampling import until
 from support.spooling import open_spool
@@ -226,3 +231,56 @@ def test_a_lost_ack_ships_the_same_sequence_again_after_a_restart(tmp_path: Path
         spool.close()
 
     asyncio.run(work())
+
+
+@pytest.mark.parametrize("former", ["11111111-1111-1111-1111-111111111111", ""])
+def test_what_a_former_identity_spooled_is_shipped_under_the_new_one(tmp_path: Path, former: str) -> None:
+    """Revoked and joined again, or standalone and then joined: else the head of the queue is refused for ever."""
+    now = "22222222-2222-2222-2222-222222222222"
+    samples = series_of([Sample(Metric("pg_up", MetricKind.GAUGE, "h"), {}, 1.0)])
+
+    async def work() -> list[str]:
+        collector = Collector()
+        spool = open_spool(tmp_path / "spool")
+        spool.append(encode(Source(former, "node-id", "n1", "c1", "h:1"), samples, [], 5), 1)
+        spool.append(encode(Source(now, "node-id", "n1", "c1", "h:1"), samples, [], 6), 1)
+        async with serving(collector) as port:
+            dial = lambda: grpc.aio.insecure_channel(f"127.0.0.1:{port}")  # noqa: E731
+            shipper = Shipper(spool, dial, SystemClock(), SETTINGS, agent_id=now)
+            while await shipper.ship_next() is not None:
+                pass
+            await shipper.reconnect()
+        spool.close()
+        requests = [ExportMetricsServiceRequest.FromString(body) for _, body in collector.received]
+        return [
+            attribute.value.string_value
+            for request in requests
+            for attribute in request.resource_metrics[0].resource.attributes
+            if attribute.key == "pgherd.agent.id"
+        ]
+
+    assert asyncio.run(work()) == [now, now]
+
+
+def test_a_hurry_ends_a_pause(tmp_path: Path) -> None:
+    """The collector is there again: what waits goes now, not when the back-off is over."""
+    patient = ShipSettings(deadline_s=1.0, backoff_min_s=300.0, backoff_max_s=600.0)
+
+    async def work() -> int:
+        collector = Collector()
+        collector.script = [fail(grpc.StatusCode.UNAVAILABLE)]
+        spool = open_spool(tmp_path / "spool")
+        spool.append(b"batch", 1)
+        async with serving(collector) as port:
+            shipper = Shipper(spool, lambda: grpc.aio.insecure_channel(f"127.0.0.1:{port}"), SystemClock(), patient)
+            task = asyncio.create_task(shipper.run())
+            await until(lambda: shipper.status.failures == 1, 10, "the first failure")
+            await asyncio.sleep(0)
+            shipper.hurry()
+            await until(lambda: spool.status.pending_batches == 0, 10, "the batch to go")
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        spool.close()
+        return len(collector.received)
+
+    assert asyncio.run(work()) == 2

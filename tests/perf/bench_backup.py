@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from pgherd.postgres.connection import Target, connect
 from pgherd.postgres.content import fingerprint, plan_content
 from pgherd.postgres.scratch import workspace
+from pgherd.runtime.logging import configure
 from support.backup import backup_node
 from support.postgres import PARENT, Server, default_major, fleet
 
@@ -62,6 +63,7 @@ def _dump(server: Server, level: int | None) -> int:
 
 
 def main() -> None:
+    configure(level="warning")  # logs to stderr: stdout is the document
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--major", type=int, default=None)

@@ -89,7 +89,7 @@ class Agent:
         held.callback(self._spool.close)
         ids = node_ids(state, [node.alias for node in config.nodes])
         catalog = load_catalog()
-        self._shipper = Shipper(self._spool, self._dial, clock) if self._identity else None
+        self._shipper = Shipper(self._spool, self._dial, clock, agent_id=self._identity.agent_id) if self._identity else None
         notify = self._shipper.notify if self._shipper else lambda: None
         self._samplers = [
             NodeSampler(
@@ -179,6 +179,7 @@ class Agent:
                 others.append(tasks.create_task(self._renew()))
                 others.append(tasks.create_task(self._client.run()))
                 others.append(tasks.create_task(self._ship(self._shipper, self._client)))
+                others.append(tasks.create_task(self._hurry_after_outages(self._shipper, self._client)))
             _log.info("agent.started", pid=os.getpid(), nodes=len(self._samplers), version=version("pgherd"))
             await stop.wait()
             _log.info("agent.stopping")
@@ -186,8 +187,8 @@ class Agent:
                 task.cancel()
             await asyncio.wait(sampling)
             await self._executor.stop()
-            if self._client:
-                await self._drain(self._client)
+            if self._client and self._shipper:
+                await self._drain(self._shipper, self._client)
             for task in others:
                 task.cancel()
         await asyncio.to_thread(self._write_status)
@@ -197,8 +198,19 @@ class Agent:
         await self._until(lambda: client.connected, _FIRST_SESSION_WAIT_S)
         await shipper.run()
 
-    async def _drain(self, client: ControlClient) -> None:
+    @staticmethod
+    async def _hurry_after_outages(shipper: Shipper, client: ControlClient) -> None:
+        """A session that is there again says that the collector is: the shipper needn't wait out its pause."""
+        connected = client.connected
+        while True:
+            await asyncio.sleep(0.2)
+            if client.connected and not connected:
+                shipper.hurry()
+            connected = client.connected
+
+    async def _drain(self, shipper: Shipper, client: ControlClient) -> None:
         """Give the shipper a moment to empty the spool; what remains is shipped after the next start."""
+        shipper.hurry()
         await self._until(lambda: not (client.connected and self._spool.status.pending_batches), _DRAIN_S)
 
     async def _until(self, condition: Callable[[], bool], timeout_s: float) -> None:

@@ -122,7 +122,7 @@ def connect_failure(error: psycopg.Error) -> PgherdError:
 def statement_failure(error: psycopg.Error) -> PgherdError:
     """Why a statement failed, by who must act; the text is PostgreSQL's primary message."""
     state = error.sqlstate or ""
-    text = error.diag.message_primary or (str(error).strip().splitlines() or ["the connection was lost"])[-1]
+    text = error.diag.message_primary or (str(error).strip().splitlines() or ["the connection was lost"])[0]
     if state in ("57014", "55P03", "25P03", "25P04"):
         return TransientError("postgres.timeout", text, hint="look for what blocks it in pg_stat_activity", sqlstate=state)
     if state == "42501" or "row-level security" in text:

@@ -89,7 +89,7 @@ def sweep(parent: Path) -> int:
 
 
 def _remove(directory: Path) -> None:
-    for pid_file in [*directory.glob("postmaster.pid"), *directory.glob("*/postmaster.pid")]:
+    for pid_file in [pid for depth in ("", "*/", "*/*/") for pid in directory.glob(f"{depth}postmaster.pid")]:
         _end_orphan(pid_file)
     shutil.rmtree(directory, ignore_errors=True)
 

@@ -19,11 +19,15 @@ from structlog.typing import FilteringBoundLogger, Processor
 _SECRET_KEY_RE = re.compile(r"pass(word|wd|phrase)?$|secret|token(?!_id)|private|authorization|credential", re.IGNORECASE)
 _SECRET_TEXT_RES = (
     (re.compile(r"(password\s+)'(?:[^']|'')*'", re.IGNORECASE), r"\1'***'"),  # ALTER ROLE … PASSWORD '…'
-    (re.compile(r"(password|passwd|secret|token)(\s*[=:]\s*)('[^']*'|\"[^\"]*\"|[^\s,;'\"]+)", re.IGNORECASE), r"\1\2***"),
+    (
+        re.compile(r"((?:password|passwd)\s*[=:]|(?:secret|token)\s*=)(\s*)('[^']*'|\"[^\"]*\"|[^\s,;'\"]+)", re.IGNORECASE),
+        r"\1\2***",
+    ),
     (re.compile(r"(postgres(?:ql)?://[^:/@\s]+):[^@\s]+@"), r"\1:***@"),
     (re.compile(r"pgherd1_[a-z2-7]+_[a-z2-7]+_[0-9a-f]+@"), "pgherd1_***@"),
     (re.compile(r"\bpgherd_([a-z2-7]+)_[a-z2-7]{40,}"), r"pgherd_\1_***"),
-    (re.compile(r"(Bearer\s+)\S+", re.IGNORECASE), r"\1***"),
+    (re.compile(r"(Authorization:\s*\w+\s+)\S+", re.IGNORECASE), r"\1***"),
+    (re.compile(r"(Bearer\s+)[A-Za-z0-9._~+/=-]{16,}"), r"\1***"),
 )
 
 

@@ -53,6 +53,9 @@ def command_main(body: Callable[[], int | None], *, as_json: bool) -> int:
         return Exit.OK  # the reader of our stdout went away (| head)
 
 
+_WHOLE = frozenset({"id", "name", "alias"})  # what people copy is never broken over lines
+
+
 def table(rows: Sequence[Mapping[str, Any]], columns: Iterable[tuple[str, str]]) -> None:
     """Print rows as a table; `columns` are (key, heading). Nothing but the headings for no rows."""
     from rich.console import Console
@@ -61,11 +64,12 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Iterable[tuple[str, str]])
     sheet = Table(box=None, pad_edge=False, header_style="bold")
     keys = []
     for key, heading in columns:
-        sheet.add_column(heading, overflow="fold")
+        sheet.add_column(heading, overflow="fold", no_wrap=key in _WHOLE)
         keys.append(key)
     for row in rows:
         sheet.add_row(*(_cell(row.get(key)) for key in keys))
-    Console(highlight=False, markup=False).print(sheet)
+    # In a pipe every row is one line: ids can be cut out and grepped.
+    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 4096).print(sheet)
 
 
 def show_settings(leaves: Sequence[tuple[str, object, str]], *, origin: bool, as_json: bool) -> None:

@@ -86,7 +86,7 @@ def backup_grants(role: str, major: int) -> list[Statement]:
         ),
         Statement(
             f"GRANT SELECT ON pg_catalog.pg_authid TO {name}",
-            "puts password hashes into the globals; without it say backup.role_passwords = false",
+            "puts password hashes into the globals; pg_read_all_data brings it on 14+, else say backup.role_passwords = false",
             optional=True,
             each_database=True,
         ),

@@ -121,3 +121,19 @@ def _attributes(labels: Mapping[str, str]) -> list[KeyValue]:
         pair.value.string_value = value
         wire.append(pair)
     return wire
+
+
+def with_agent_id(payload: bytes, agent_id: str) -> bytes:
+    """A spooled request under the identity that ships it now.
+
+    An agent that joined again (after a revocation, or after it ran standalone) still holds samples of its nodes; the
+    collector refuses a request that names another agent than the certificate does.
+    """
+    if agent_id.encode() in payload:
+        return payload
+    request = ExportMetricsServiceRequest.FromString(payload)
+    for resource_metrics in request.resource_metrics:
+        for attribute in resource_metrics.resource.attributes:
+            if attribute.key == "pgherd.agent.id":
+                attribute.value.string_value = agent_id
+    return request.SerializeToString()

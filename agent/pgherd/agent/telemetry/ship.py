@@ -25,6 +25,7 @@ import grpc
 import grpc.aio
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
 
+from pgherd.agent.telemetry.convert import with_agent_id
 from pgherd.agent.telemetry.spool import Batch, Spool
 from pgherd.proto.clock import Clock
 from pgherd.proto.errors import PgherdError
@@ -72,13 +73,17 @@ class Shipper:
         clock: Clock,
         settings: ShipSettings | None = None,
         jitter: Callable[[], float] = random.random,
+        agent_id: str = "",
     ) -> None:
+        """`agent_id` is who ships now: a batch that was spooled under another identity is sent under this one."""
+        self._agent_id = agent_id
         self._spool = spool
         self._channel_factory = channel_factory
         self._clock = clock
         self._settings = settings or ShipSettings()
         self._jitter = jitter
         self._news = asyncio.Event()
+        self._hurry = asyncio.Event()
         self._channel: grpc.aio.Channel | None = None
         self._failures_in_row = 0
         self.status = ShipStatus()
@@ -86,6 +91,11 @@ class Shipper:
     def notify(self) -> None:
         """Something was appended (call from the event loop)."""
         self._news.set()
+
+    def hurry(self) -> None:
+        """Try again now instead of waiting out a pause: the collector is there again, or we are about to stop."""
+        self._failures_in_row = 0
+        self._hurry.set()
 
     async def reconnect(self) -> None:
         """Use a new channel from the next batch on: the certificate was renewed."""
@@ -105,7 +115,9 @@ class Shipper:
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(self._news.wait(), pause_s)
                 elif pause_s > 0:
-                    await asyncio.sleep(pause_s)
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._hurry.wait(), pause_s)
+                self._hurry.clear()
         finally:
             await self.reconnect()
 
@@ -151,7 +163,7 @@ class Shipper:
         attempts = status.attempts + 1
         try:
             answer = await call(
-                batch.payload,
+                with_agent_id(batch.payload, self._agent_id) if self._agent_id else batch.payload,
                 timeout=self._settings.deadline_s,
                 metadata=((INCARNATION_KEY, batch.incarnation), (SEQUENCE_KEY, str(batch.sequence))),
                 compression=grpc.Compression.Gzip,
