@@ -83,6 +83,12 @@ def unattended(story: Story, until_mono_s: float, console: Console) -> None:
         time.sleep(0.2)
 
 
+def forget_parent() -> None:
+    """Remove the folder of all demos' workspaces, unless another demo of ours runs."""
+    with contextlib.suppress(OSError):
+        PARENT.rmdir()
+
+
 def keep_picture(running: Herd, story: Story, file: Path) -> None:
     """The view as SVG, for the README."""
     recorder = Console(record=True, width=110, file=io.StringIO())
@@ -97,6 +103,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     started_mono_s = time.monotonic()
     console = Console(stderr=True)
     with contextlib.ExitStack() as stack:
+        stack.callback(forget_parent)
         end_orphans(PARENT)
         sweep(PARENT)
         directory = stack.enter_context(workspace(PARENT))
@@ -120,8 +127,6 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
             for service in running.services:
                 console.print(f"--- {service.name}\n{service.tail()}", highlight=False, markup=False)
     left = survivors(directory)
-    with contextlib.suppress(OSError):  # not empty while another demo of ours runs
-        PARENT.rmdir()
     with story.step("nothing is left running or behind") as step:
         step.figures = {"processes": left, "files": [str(directory)] if directory.exists() else []}
         step.ok = not left and not directory.exists()

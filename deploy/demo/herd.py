@@ -36,6 +36,7 @@ _COLLECTOR = """\
 state_directory = "{directory}/collector"
 [http]
 listen = "127.0.0.1:{http}"
+anonymous_read = true
 [grpc]
 listen = "127.0.0.1:{grpc}"
 heartbeat_interval = "1s"
@@ -122,6 +123,11 @@ class Herd:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.ports['http']}"
+
+    @property
+    def query_url(self) -> str:
+        """A page to look at: reads on loopback need no token here (`anonymous_read`)."""
+        return f"{self.url}/prometheus/api/v1/query?query=pg_up"
 
     def pgherd(self, *arguments: str, timeout_s: float = 120.0) -> Any:
         """`pgherd --json …` over the local socket."""

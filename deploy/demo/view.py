@@ -90,5 +90,5 @@ def picture(herd: Herd, story: Story) -> RenderableType:
     except CommandError:
         parts.append(Text("the collector doesn't answer right now", style="yellow"))
     parts += [_processes(herd), Text(), _steps(story.steps)]
-    title = f"pgherd demo · Prometheus API for Grafana: {herd.url}/prometheus · Ctrl-C stops everything"
+    title = f"pgherd demo · look at {herd.query_url} · Ctrl-C stops everything"
     return Panel(Group(*parts), title=title, title_align="left")

@@ -38,7 +38,7 @@ def rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
             f"{ingest['points_per_s']:,.0f} points/s",
             f"{ingest['agents']} agents × {ingest['points_per_request']} points",
         ),
-        ("ingest, server's memory", f"{ingest['server_rss_bytes'] / MIB:.0f} MiB", "store and service alone"),
+        ("ingest, server's memory", f"{ingest['collector_rss_bytes'] / MIB:.0f} MiB", "store and service alone"),
         (
             "sampling cycle, p50 / p95",
             f"{sampling['cycle_p50_ms']:.1f} / {sampling['cycle_p95_ms']:.1f} ms",
