@@ -142,17 +142,24 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     return summary, story.ok
 
 
+_interrupted = threading.Event()
+
+
 def interrupt(_number: int, _frame: object) -> None:
+    _interrupted.set()
     raise KeyboardInterrupt
 
 
 def main() -> int:
     options = arguments()
-    for number in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal ends the herd too
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a closed terminal ends the herd too
         signal.signal(number, interrupt)
     try:
         summary, ok = run(options)
     except PgherdError as error:
+        if _interrupted.is_set():  # Ctrl-C reached a child of the terminal's group first, and its end is what we saw
+            print("stopped", file=sys.stderr)
+            return 130
         render_error(error, as_json=options.json)
         return 1
     except KeyboardInterrupt:
