@@ -46,7 +46,7 @@ proto: $(STAMP) ## Generate the wire code
 	$(BIN)/python proto/generate.py
 
 lock: $(STAMP) ## Pin all dependencies anew
-	$(BIN)/uv pip compile --quiet pyproject.toml --extra collector --group dev --universal --python-version 3.11 \
+	$(BIN)/uv pip compile --quiet pyproject.toml --extra collector --extra tui --group dev --universal --python-version 3.11 \
 		--generate-hashes --no-emit-index-url --no-annotate --no-header --upgrade -o requirements.lock
 
 format: $(STAMP) ## Format and mend what can be mended

@@ -22,6 +22,8 @@ FORBIDDEN_IN_BASE = {
     "promql-parser",
     "apprise",
     "jinja2",
+    "cramjam",
+    "textual",
 }
 FORBIDDEN_IN_RESIDENT = (
     "pydantic", "click", "cryptography", "obstore", "opentelemetry.sdk", "pyrage", "rich", "httpx",

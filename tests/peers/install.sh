@@ -2,7 +2,7 @@
 # Debian's programs that the peers tests compare with. Their services aren't started: the tests run instances of
 # their own on loopback.
 set -euo pipefail
-packages=(prometheus)
+packages=(prometheus prometheus-alertmanager prometheus-postgres-exporter)
 missing=()
 for package in "${packages[@]}"; do
     dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'install ok installed' || missing+=("$package")
