@@ -171,19 +171,6 @@ def test_promotion_restart_and_reset_are_followed(private_pair: Pair, tmp_path: 
     asyncio.run(work())
 
 
-def test_pg_wal_on_another_volume_is_asked_where_it_is(postgres: Server, tmp_path: Path) -> None:
-    from pgherd.agent.probes.disk import DiskProbe
-
-    data = tmp_path / "data"
-    data.mkdir()
-    (data / "pg_wal").symlink_to("/dev/shm")
-    samples, unknown = asyncio.run(DiskProbe(5.0).sample(data))
-    total = {sample.labels["path_kind"]: sample.value for sample in samples if sample.metric.name == "pgherd_disk_total_bytes"}
-    assert unknown == {}
-    if data.stat().st_dev != Path("/dev/shm").stat().st_dev:
-        assert total["data_directory"] != total["pg_wal"]
-
-
 def test_names_in_a_foreign_encoding_are_shown_not_fatal(private_postgres: Server, tmp_path: Path) -> None:
     postgres = private_postgres  # pg_stat_statements keeps the text, which no UTF-8 client can read any more
     postgres.create_role("monitor", member_of=["pg_monitor"])
@@ -211,7 +198,7 @@ def test_unprivileged_role_gets_unknown_not_zero(postgres: Server, tmp_path: Pat
             assert seen.value("pg_up") == 1
             assert seen.unknown()["wal_directory"] == "postgres.privilege"
             assert not seen.find("pg_wal_size_bytes")
-            assert seen.unknown()["disk"] == "data_directory_hidden"
+            assert seen.unknown()["disk_data_directory"] == "data_directory_hidden"
             assert not seen.find("pgherd_disk_avail_bytes")
             assert seen.unknown()["connections"] == "sessions_hidden"
             assert not seen.find("pgherd_connections_used")

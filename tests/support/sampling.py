@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 
@@ -128,9 +129,14 @@ async def cycle_until(bench: Bench, condition: Callable[[Decoded], bool], what: 
 
 @contextlib.asynccontextmanager
 async def sampling(
-    directory: Path, conninfo: str, *, settings: SamplingConfig = SAMPLING, password_file: Path | None = None
+    directory: Path,
+    conninfo: str,
+    *,
+    settings: SamplingConfig = SAMPLING,
+    password_file: Path | None = None,
+    host: Literal["auto", "local", "remote"] = "auto",
 ) -> AsyncIterator[Bench]:
-    node = NodeConfig(alias="n1", cluster="c1", conninfo=conninfo, password_file=password_file)
+    node = NodeConfig(alias="n1", cluster="c1", conninfo=conninfo, password_file=password_file, host=host)
     spool = open_spool(directory, size_max=1 << 24, segment_max=1 << 18)
     clock = SystemClock()
     sampler = NodeSampler(

@@ -1,4 +1,4 @@
-"""The sampler's loop without a server: rhythm, skipped cycles, a stuck volume, the agent's own figures."""
+"""The sampler's loop without a server: rhythm, skipped cycles, the agent's own figures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-from pgherd.agent.probes.disk import DiskProbe, Volume, ask_volume, is_local
+from pgherd.agent.probes.disk import ask_volume, is_local
 from support.sampling import SAMPLING, decode, sampling, until
 
 NOWHERE = "host=/nonexistent-pgherd user=x"
@@ -47,30 +47,6 @@ def test_the_loop_keeps_its_rhythm_and_counts_what_it_left_out(tmp_path: Path) -
             assert last is not None
             assert last.value("pgherd_sampling_cycles_skipped_total") >= 4
             assert times == sorted(set(times))
-
-    asyncio.run(work())
-
-
-def test_a_stuck_volume_is_unknown_and_asked_by_one_thread_only(tmp_path: Path) -> None:
-    release = threading.Event()
-    asked: list[Path] = []
-
-    def ask(path: Path) -> Volume:
-        asked.append(path)
-        release.wait(20)
-        return Volume(100, 50, 40)
-
-    async def work() -> None:
-        probe = DiskProbe(0.05, ask)
-        for _ in range(4):
-            samples, unknown = await probe.sample(tmp_path)
-            assert samples == []
-            assert unknown == {"data_directory": "hung", "pg_wal": "hung"}
-        assert len(asked) == 2, "one per path, however often it is asked for"
-        release.set()
-        samples, unknown = await DiskProbe(5.0, ask).sample(tmp_path)
-        assert unknown == {}
-        assert len(samples) == 6
 
     asyncio.run(work())
 

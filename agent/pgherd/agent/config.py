@@ -29,6 +29,12 @@ class NodeConfig:
     instance: str = ""  # host:port label; default: taken from the connection
     data_directory: Path | None = None  # default: asked from the server
     bin_directory: Path | None = None  # default: found by the server's major version
+    host: Literal["auto", "local", "remote"] = (
+        "auto"  # where it runs: by address and process; "remote" (managed clouds) has no disk and host series
+    )
+    disk_paths: dict[str, Path] = field(
+        default_factory=dict
+    )  # path_kind → a path on the same volume, when the agent may not enter the data directory
 
 
 @dataclass(frozen=True, slots=True)

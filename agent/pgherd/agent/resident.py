@@ -35,6 +35,7 @@ from pgherd.agent.identity.schedule import renewal_due_unix_ns
 from pgherd.agent.node import NodeStatus
 from pgherd.agent.nodes import node_ids
 from pgherd.agent.probes.catalog import load_catalog
+from pgherd.agent.probes.host import HostProbe
 from pgherd.agent.sampler import NodeSampler
 from pgherd.agent.schedule import BackupSchedule
 from pgherd.agent.status import StatusFile
@@ -89,6 +90,7 @@ class Agent:
         held.callback(self._spool.close)
         ids = node_ids(state, [node.alias for node in config.nodes])
         catalog = load_catalog()
+        host = HostProbe(clock)
         self._shipper = Shipper(self._spool, self._dial, clock, agent_id=self._identity.agent_id) if self._identity else None
         notify = self._shipper.notify if self._shipper else lambda: None
         self._samplers = [
@@ -101,6 +103,7 @@ class Agent:
                 spool=self._spool,
                 clock=clock,
                 on_spooled=notify,
+                host=host,
             )
             for node in config.nodes
         ]

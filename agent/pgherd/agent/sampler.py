@@ -14,15 +14,17 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Final
 
 from pgherd.agent.config import NodeConfig, SamplingConfig
 from pgherd.agent.node import Condition, NodeStatus, Role
 from pgherd.agent.probes.catalog import Catalog, Probe
 from pgherd.agent.probes.connection import NodeConnection, Rows, instance_label
-from pgherd.agent.probes.disk import DiskProbe, is_local
+from pgherd.agent.probes.disk import DiskProbe
+from pgherd.agent.probes.host import HostProbe
+from pgherd.agent.probes.local import LocalProbe
 from pgherd.agent.probes.own import OwnFigures
+from pgherd.agent.probes.places import PLACES_SQL
 from pgherd.agent.probes.rows import samples_of, unknown_reason
 from pgherd.agent.telemetry.convert import Series, Source, encode, series_of, vanished
 from pgherd.agent.telemetry.spool import Spool
@@ -50,8 +52,7 @@ ATTEMPTS: Final = Metric("pgherd_connection_attempts_total", _COUNTER, "Connecti
 
 _IDENTITY_SQL: Final = """
 SELECT pg_is_in_recovery() AS standby, current_setting('server_version_num')::int AS version,
-       (SELECT system_identifier::text FROM pg_control_system()) AS system_identifier,
-       (SELECT setting FROM pg_settings WHERE name = 'data_directory') AS data_directory
+       (SELECT system_identifier::text FROM pg_control_system()) AS system_identifier
 """
 
 _CONDITION_OF_CODE: Final[dict[str, Condition]] = {
@@ -101,6 +102,7 @@ class NodeSampler:
         clock: Clock,
         on_spooled: Callable[[], None] = lambda: None,
         disk: DiskProbe | None = None,
+        host: HostProbe | None = None,
     ) -> None:
         self._node = node
         self._sampling = sampling
@@ -108,7 +110,8 @@ class NodeSampler:
         self._spool = spool
         self._clock = clock
         self._on_spooled = on_spooled
-        self._disk = disk or DiskProbe(sampling.answer_timeout)
+        self._local = LocalProbe(node, disk or DiskProbe(sampling.answer_timeout), host or HostProbe(clock))
+        self._located_mono_s = float("-inf")
         self._own = OwnFigures()
         self._connection = NodeConnection(node, sampling, clock)
         instance = instance_label(node, socket.gethostname(), os.environ)
@@ -153,6 +156,7 @@ class NodeSampler:
         unix_ns, started_mono_s = self._clock.wall_unix_ns(), self._clock.mono_s()
         cycle = _Cycle()
         condition = await self._ask(cycle, started_mono_s)
+        await self._ask_host(cycle)
         duration_s = self._clock.mono_s() - started_mono_s
         if condition != self.status.condition:
             _log.info("node.condition_changed", node=self._node.alias, condition=condition, before=self.status.condition)
@@ -192,7 +196,7 @@ class NodeSampler:
             if lost is not None:
                 self._forget_slow()
                 return lost
-        await self._ask_disk(cycle, row["data_directory"])
+        await self._locate(cycle)
         return "up"
 
     async def _identify(self) -> Rows:
@@ -239,21 +243,25 @@ class NodeSampler:
             self._slow_due_mono_s[probe.name] = now_mono_s + _SLOW_TIER_S
         return None
 
-    async def _ask_disk(self, cycle: _Cycle, server_says: str | None) -> None:
-        directory = self._node.data_directory
+    async def _locate(self, cycle: _Cycle) -> None:
+        """Learn where the server's files are; they move seldom, and what was known is kept when this fails."""
+        if self._clock.mono_s() < self._located_mono_s + _SLOW_TIER_S:
+            return
         endpoint = self._connection.endpoint
-        if directory is None:
-            if endpoint is None or not is_local(endpoint.host, endpoint.hostaddr):
-                cycle.unknown["disk", "remote_server"] = None
-                return
-            if not server_says:
-                cycle.unknown["disk", "data_directory_hidden"] = None
-                return
-            directory = Path(server_says)
-        samples, unknown = await self._disk.sample(directory)
+        try:
+            rows = await self._connection.fetch(PLACES_SQL)
+        except PgherdError as error:
+            self._failed(cycle, "places", error)
+            return
+        if endpoint is not None:
+            self._local.locate(rows, endpoint.host, endpoint.hostaddr)
+        self._located_mono_s = self._clock.mono_s()
+
+    async def _ask_host(self, cycle: _Cycle) -> None:
+        samples, unknown = await self._local.sample()
         cycle.samples += samples
-        for kind, reason in unknown.items():
-            cycle.unknown[f"disk_{kind}", reason] = None
+        for probe, reason in unknown.items():
+            cycle.unknown[probe, reason] = None
 
     # ---- the agent's own samples
 
@@ -270,6 +278,7 @@ class NodeSampler:
     def _forget_slow(self) -> None:
         self._slow.clear()
         self._slow_due_mono_s.clear()
+        self._located_mono_s = float("-inf")
 
     def _own_samples(self, cycle: _Cycle, condition: Condition, duration_s: float) -> list[Sample]:
         reachable = condition in ("up", "saturated")

@@ -1,9 +1,10 @@
-"""The volumes of the data directory and of pg_wal, as the server would see them.
+"""The volumes that a server writes to, as it would see them: data directory, pg_wal, log directory, tablespaces.
 
-`f_bavail` is what is left for an unprivileged writer like PostgreSQL; `pg_wal` is often a symbolic link
-to another volume, so each path is asked where it really is. A path that can't be reached gives no
-sample and a reason, never 0. statvfs can block for ever (a dead NFS server): each asking has a thread
-of its own, at most one is out at a time, and the loop never waits for a stuck one twice.
+`f_bavail` is what is left for an unprivileged writer like PostgreSQL; any of these is often a symbolic link
+to another volume, so each path is asked where it really is, and `mountpoint` says which volume that was. A
+path that can't be reached gives no sample and a reason, never 0. statvfs can block for ever (a dead NFS
+server): each asking has a thread of its own, at most one is out per path, and the loop never waits for a
+stuck one twice.
 
 Source: POSIX fstatvfs; PostgreSQL docs "Database File Layout".
 """
@@ -27,22 +28,41 @@ _HELP: Final = "of the volume that holds the path"
 TOTAL: Final = Metric("pgherd_disk_total_bytes", MetricKind.GAUGE, f"Size {_HELP}", "By")
 USED: Final = Metric("pgherd_disk_used_bytes", MetricKind.GAUGE, f"Used bytes {_HELP}", "By")
 AVAIL: Final = Metric("pgherd_disk_avail_bytes", MetricKind.GAUGE, f"Bytes that PostgreSQL can still write, {_HELP}", "By")
+USED_RATIO: Final = Metric(
+    "pgherd_disk_used_ratio",
+    MetricKind.GAUGE,
+    f"Used share of what PostgreSQL can use, 1 when it can write no more, {_HELP}",
+    "1",
+)
+INODES_TOTAL: Final = Metric("pgherd_disk_inodes_total", MetricKind.GAUGE, f"Inodes {_HELP} (none where it has no such limit)")
+INODES_FREE: Final = Metric("pgherd_disk_inodes_free", MetricKind.GAUGE, f"Inodes that PostgreSQL can still use, {_HELP}")
 
 
 @dataclass(frozen=True, slots=True)
 class Volume:
-    """One answer: sizes in bytes, or why there is none (`reason`)."""
+    """One answer: sizes in bytes, inodes (0 in all: no limit), or why there is none (`reason`)."""
 
     total_bytes: int = 0
     used_bytes: int = 0
     avail_bytes: int = 0
+    inodes_total: int = 0
+    inodes_free: int = 0
+    mountpoint: str = ""
     reason: str = ""
+
+    @property
+    def used_ratio(self) -> float | None:
+        """1 - avail/(used + avail), what df calls Use%: blocks reserved for root count as gone."""
+        usable = self.used_bytes + self.avail_bytes
+        return 1 - self.avail_bytes / usable if usable else None
 
 
 def ask_volume(path: Path) -> Volume:
     """statvfs of where `path` really is. Blocks; never raises."""
     try:
-        stat = os.statvfs(path.resolve(strict=True))
+        place = path.resolve(strict=True)
+        stat = os.statvfs(place)
+        mountpoint = _mountpoint(place)
     except PermissionError:
         return Volume(reason="permission_denied")
     except FileNotFoundError:
@@ -50,39 +70,63 @@ def ask_volume(path: Path) -> Volume:
     except (OSError, RuntimeError):  # RuntimeError: a loop of symbolic links
         return Volume(reason="unreadable")
     block = stat.f_frsize
-    return Volume(stat.f_blocks * block, (stat.f_blocks - stat.f_bfree) * block, stat.f_bavail * block)
+    return Volume(
+        total_bytes=stat.f_blocks * block,
+        used_bytes=(stat.f_blocks - stat.f_bfree) * block,
+        avail_bytes=stat.f_bavail * block,
+        inodes_total=stat.f_files,
+        inodes_free=stat.f_favail,
+        mountpoint=mountpoint,
+    )
+
+
+def _mountpoint(place: Path) -> str:
+    """The topmost directory above `place` on the same volume."""
+    device = place.stat().st_dev
+    while place != place.parent and place.parent.stat().st_dev == device:
+        place = place.parent
+    return str(place)
+
+
+def volume_samples(kind: str, volume: Volume) -> list[Sample]:
+    """What one answered volume says."""
+    labels = {"path_kind": kind, "mountpoint": volume.mountpoint}
+    samples = [
+        Sample(TOTAL, labels, float(volume.total_bytes)),
+        Sample(USED, labels, float(volume.used_bytes)),
+        Sample(AVAIL, labels, float(volume.avail_bytes)),
+    ]
+    if volume.used_ratio is not None:
+        samples.append(Sample(USED_RATIO, labels, volume.used_ratio))
+    if volume.inodes_total:
+        samples.append(Sample(INODES_TOTAL, labels, float(volume.inodes_total)))
+        samples.append(Sample(INODES_FREE, labels, float(volume.inodes_free)))
+    return samples
 
 
 class DiskProbe:
-    """Asks both volumes of a node with a deadline."""
+    """Asks the volumes of a node, all at once, with a deadline."""
 
     def __init__(self, timeout_s: float, ask: Callable[[Path], Volume] = ask_volume) -> None:
         self._timeout_s = timeout_s
         self._ask = ask
-        self._stuck: dict[str, asyncio.Future[Volume]] = {}
+        self._stuck: dict[Path, asyncio.Future[Volume]] = {}
 
-    async def sample(self, data_directory: Path) -> tuple[list[Sample], dict[str, str]]:
-        """(samples, reasons by path_kind) for data_directory and its pg_wal."""
+    async def sample(self, places: Mapping[str, Path]) -> tuple[list[Sample], dict[str, str]]:
+        """(samples, reasons by path_kind) for the places by path_kind."""
+        asked = {path: self._stuck.get(path) or self._start(path) for path in set(places.values())}
+        if asked:
+            await asyncio.wait(asked.values(), timeout=self._timeout_s)
+        self._stuck = {path: answer for path, answer in {**self._stuck, **asked}.items() if not answer.done()}
         samples: list[Sample] = []
         unknown: dict[str, str] = {}
-        for kind, path in (("data_directory", data_directory), ("pg_wal", data_directory / "pg_wal")):
-            volume = await self._volume(kind, path)
+        for kind, path in places.items():
+            volume = asked[path].result() if asked[path].done() else Volume(reason="hung")
             if volume.reason:
                 unknown[kind] = volume.reason
-                continue
-            labels = {"path_kind": kind}
-            samples.append(Sample(TOTAL, labels, float(volume.total_bytes)))
-            samples.append(Sample(USED, labels, float(volume.used_bytes)))
-            samples.append(Sample(AVAIL, labels, float(volume.avail_bytes)))
+            else:
+                samples += volume_samples(kind, volume)
         return samples, unknown
-
-    async def _volume(self, kind: str, path: Path) -> Volume:
-        asked = self._stuck.pop(kind, None) or self._start(path)
-        done, _ = await asyncio.wait({asked}, timeout=self._timeout_s)
-        if not done:
-            self._stuck[kind] = asked
-            return Volume(reason="hung")
-        return asked.result()
 
     def _start(self, path: Path) -> asyncio.Future[Volume]:
         loop = asyncio.get_running_loop()
