@@ -11,7 +11,8 @@ import pytest
 from sqlalchemy import insert, select, update
 
 from pgherd.alerts.load import load_rules
-from pgherd.collector.alerting.evaluation import Evaluator, Health
+from pgherd.collector.alerting.evaluation import Evaluator
+from pgherd.collector.alerting.group import Health
 from pgherd.collector.alerting.herd import HeartbeatSeries, herd_facts
 from pgherd.collector.alerting.query import metric_names, promql_query
 from pgherd.promql.parse import parse
@@ -97,7 +98,9 @@ class World:
             evaluation.evaluate(self.clock.wall_unix_ns(), self.clock.mono_s(), self.clock)
         status = self.evaluator.status()
         assert {rule.health for group in status for rule in group.rules} == {Health.OK}
-        return [f"{rule.rule.alert} {one.state}" for group in status for rule in group.rules for one in rule.instances.values()]
+        return [
+            f"{rule.rule.alert} {one.state}" for group in status for rule in group.alerting for one in rule.instances.values()
+        ]
 
     def told(self) -> list[str]:
         with self.store.read() as connection:

@@ -12,7 +12,8 @@ from sqlalchemy import select
 
 from pgherd.alerts.knowledge import Knowledge, Watched
 from pgherd.alerts.model import Group, State
-from pgherd.collector.alerting.evaluation import Evaluator, Facts, GroupEvaluation, Health
+from pgherd.collector.alerting.evaluation import Evaluator
+from pgherd.collector.alerting.group import Facts, GroupEvaluation, Health
 from pgherd.proto.errors import PreconditionError, TransientError
 from pgherd.runtime.clock import SystemClock
 from pgherd.storage.control.schema import alert_instances, outbox
@@ -61,7 +62,7 @@ class Bench:
         return self.evaluator._evaluations
 
     def states(self) -> list[State]:
-        return [one.state for g in self.evaluator.status() for r in g.rules for one in r.instances.values()]
+        return [one.state for g in self.evaluator.status() for r in g.alerting for one in r.instances.values()]
 
     def told(self) -> list[str]:
         with self.store.read() as connection:
@@ -211,7 +212,7 @@ def test_steady_alerts_write_nothing(store: ControlStore) -> None:
     bench.query.vectors[EXPR] = [(A, 3.0)]
     bench.turn()
     assert bench.evaluator.status()[0].commits_failed == 0
-    assert next(iter(bench.evaluator.status()[0].rules[0].instances.values())).value == 3.0
+    assert next(iter(bench.evaluator.status()[0].alerting[0].instances.values())).value == 3.0
 
 
 def test_the_loop_evaluates_on_its_interval_and_counts_what_it_misses(store: ControlStore) -> None:

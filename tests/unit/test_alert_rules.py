@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pgherd.alerts.load import builtin_text, load_rules, parse_duration_ns, parse_rules
-from pgherd.alerts.model import Group
+from pgherd.alerts.model import Group, RecordingRule
 from pgherd.promql.parse import parse
 from pgherd.proto.errors import ConfigError
 
@@ -38,12 +38,33 @@ def test_reads_everything_a_group_can_say() -> None:
                 annotations: {summary: "{{ $labels.instance }}"}
         """
     )
-    (rule,) = group.rules
+    (rule,) = group.alerting
     assert (group.name, group.interval_ns, group.limit, group.source) == ("disk", 60_000_000_000, 10, "r.yaml")
     assert (rule.alert, rule.expr, rule.origin) == ("Full", "disk_used / disk_size > 0.9", "r.yaml:8")
     assert (rule.for_ns, rule.keep_firing_for_ns) == (5_400_000_000_000, 250_000_000)
     assert {name: template.text for name, template in rule.labels.items()} == {"team": "dba", "severity": "page"}
     assert list(rule.annotations) == ["summary"]
+
+
+def test_reads_recording_rules_with_plain_labels() -> None:
+    (group,) = _parse(
+        """
+        groups:
+          - name: g
+            query_offset: 30s
+            labels: {team: dba}
+            rules:
+              - record: cluster:x:sum
+                expr: sum by (cluster) (x)
+                labels: {unit: "{{ not a template }}"}
+        """
+    )
+    assert group.query_offset_ns == 30_000_000_000
+    assert group.alerting == ()
+    (rule,) = group.rules
+    assert isinstance(rule, RecordingRule)
+    assert (rule.record, rule.expr, rule.origin) == ("cluster:x:sum", "sum by (cluster) (x)", "r.yaml:7")
+    assert rule.labels == {"team": "dba", "unit": "{{ not a template }}"}
 
 
 def test_an_empty_file_holds_no_groups() -> None:
@@ -65,10 +86,13 @@ _RULE = "groups:\n- name: g\n  rules:\n  - alert: A\n    expr: up == 0\n"
         ("groups:\n- name: g\n  interval: 0s", 3, "interval must be above 0"),
         ("groups:\n- name: g\n  interval: 1.5m", 3, "not a duration"),
         ("groups:\n- name: g\n  limit: -1", 3, "limit must be a whole number"),
-        ("groups:\n- name: g\n  query_offset: 1m", 3, "query_offset: not evaluated by this version"),
+        ("groups:\n- name: g\n  query_offset: soon", 3, "not a duration"),
         ("groups:\n- name: g\n- name: g", None, "group 'g' appears twice"),
-        ("groups:\n- name: g\n  rules:\n  - record: a:b\n    expr: up", 4, "recording rules: not evaluated by this version"),
-        ("groups:\n- name: g\n  rules:\n  - expr: up", 4, "a rule has no alert"),
+        ("groups:\n- name: g\n  rules:\n  - record: a-b\n    expr: up", 4, "can't be a metric's name"),
+        ("groups:\n- name: g\n  rules:\n  - record: a\n    alert: A\n    expr: up", 4, "either alert or record"),
+        ("groups:\n- name: g\n  rules:\n  - record: a\n    expr: up\n    for: 1m", 6, "for is for alerts"),
+        ("groups:\n- name: g\n  rules:\n  - record: a\n    expr: up\n  - record: a\n    expr: up", 6, "record 'a' of group"),
+        ("groups:\n- name: g\n  rules:\n  - expr: up", 4, "either alert or record"),
         ("groups:\n- name: g\n  rules:\n  - alert: A", 4, "alert A has no expr"),
         ("groups:\n- name: g\n  rules:\n  - alert: A\n    expr: [up]", 5, "expr must be text"),
         ("groups:\n- name: g\n  rules:\n  - alert: A\n    expr: up ==", 5, "alert A:"),
@@ -142,7 +166,7 @@ def test_what_isnt_a_duration(text: str) -> None:
 
 def test_the_builtin_pack_loads_and_each_rule_has_its_runbook() -> None:
     groups = load_rules([], builtin=True, interval_s=15, check_expression=parse)
-    rules = {rule.alert: rule for group in groups for rule in group.rules}
+    rules = {rule.alert: rule for group in groups for rule in group.alerting}
     assert sorted(rules) == ["AgentSilent", "ConnectionsHigh", "InstanceDown"]
     for rule in rules.values():
         assert {"summary", "description", "runbook_url"} <= rule.annotations.keys()

@@ -1,9 +1,8 @@
 """Rule files in Prometheus' format → groups. Every complaint names file and line, and is made while loading.
 
-Accepted: `groups` of `name`, `interval`, `limit`, `labels`, `rules`; a rule of `alert`, `expr`, `for`,
-`keep_firing_for`, `labels`, `annotations`. Recording rules and `query_offset` are refused by name: this
-version doesn't evaluate them, and leaving a rule out in silence would be a page that never comes.
-Source: https://prometheus.io/docs/prometheus/latest/configuration/alerting_rules/
+Accepted: `groups` of `name`, `interval`, `query_offset`, `limit`, `labels`, `rules`; a rule of `alert` or `record`,
+`expr`, `labels`, and for alerts `for`, `keep_firing_for`, `annotations`.
+Source: https://prometheus.io/docs/prometheus/latest/configuration/alerting_rules/ and recording_rules/
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from pgherd.alerts.model import ALERT_NAME_LABEL, Group, Rule
+from pgherd.alerts.model import ALERT_NAME_LABEL, Group, RecordingRule, Rule
 from pgherd.alerts.template import Template, compile_template
 from pgherd.proto.errors import ConfigError, PgherdError
 from pgherd.proto.selectors import NAME_LABEL
@@ -25,12 +24,10 @@ from pgherd.proto.selectors import NAME_LABEL
 CheckExpression = Callable[[str], object]
 
 _FILE_BYTES_MAX = 4 * 1024 * 1024
-_GROUP_KEYS = ("name", "interval", "limit", "labels", "rules")
-_RULE_KEYS = ("alert", "expr", "for", "keep_firing_for", "labels", "annotations")
-_UNSUPPORTED = {
-    "record": "recording rules: not evaluated by this version",
-    "query_offset": "query_offset: not evaluated by this version",
-}
+_GROUP_KEYS = ("name", "interval", "query_offset", "limit", "labels", "rules")
+_RULE_KEYS = ("alert", "record", "expr", "for", "keep_firing_for", "labels", "annotations")
+_ALERTS_ONLY = ("for", "keep_firing_for", "annotations")
+_METRIC_NAME_RE = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
 _LABEL_NAME_RE = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 _DURATION_RE = re.compile("".join(rf"(?:([0-9]+){unit})?" for unit in ("y", "w", "d", "h", "m", "s", "ms")))
 _DURATION_UNITS_MS = (365 * 86_400_000, 7 * 86_400_000, 86_400_000, 3_600_000, 60_000, 1_000, 1)
@@ -107,15 +104,19 @@ def _read(file: Path) -> str:
 
 def _refuse_repeated(groups: Iterable[Group]) -> None:
     """Two rules with one id would share, and overwrite, each other's state."""
-    seen: dict[str, Rule] = {}
+    seen: dict[str, Rule | RecordingRule] = {}
     for rule in (rule for group in groups for rule in group.rules):
         first = seen.setdefault(rule.id, rule)
         if first is not rule:
             raise _invalid(
                 rule.origin,
-                f"alert {rule.alert!r} of group {rule.group!r} with these labels is already defined at {first.origin}",
+                f"{_called(rule)} of group {rule.group!r} with these labels is already defined at {first.origin}",
                 hint="give one of them another name or another label, such as severity",
             )
+
+
+def _called(rule: Rule | RecordingRule) -> str:
+    return f"alert {rule.alert!r}" if isinstance(rule, Rule) else f"record {rule.record!r}"
 
 
 def _invalid(
@@ -144,8 +145,6 @@ class _File:
             if key in members:
                 raise _invalid(self.where(key_node), f"{key!r} appears twice")
             if keys is not None and key not in keys:
-                if key in _UNSUPPORTED:
-                    raise _invalid(self.where(key_node), _UNSUPPORTED[key], hint="leave it to Prometheus, or take it out")
                 close = difflib.get_close_matches(key, keys, n=1)
                 hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(keys)}"
                 raise _invalid(self.where(key_node), f"unknown key {key!r} in {what}", hint=hint)
@@ -184,44 +183,67 @@ class _File:
         limit_text = self.text(members["limit"], "limit") if "limit" in members else "0"
         if not limit_text.isdecimal():
             raise _invalid(self.where(members["limit"]), f"limit must be a whole number, not {limit_text!r}")
-        labels = self.templates(members.get("labels"), "labels")
+        labels = self.texts(members.get("labels"), "labels")
         rules = self.sequence(members["rules"], "rules") if "rules" in members else []
         return Group(
             name=name,
             interval_ns=interval_ns,
             limit=int(limit_text),
+            query_offset_ns=self.duration_ns(members, "query_offset", 0),
             source=self._name,
             rules=tuple(self.rule(rule, name, labels) for rule in rules),
         )
 
-    def rule(self, node: yaml.Node, group: str, group_labels: dict[str, Template]) -> Rule:
+    def rule(self, node: yaml.Node, group: str, group_labels: dict[str, yaml.Node]) -> Rule | RecordingRule:
         members = self.mapping(node, _RULE_KEYS, "a rule")
-        alert = self.required(members, "alert", node, "a rule")
-        expr = self.required(members, "expr", node, f"alert {alert}").strip()
+        if ("alert" in members) == ("record" in members):
+            raise _invalid(self.where(node), "a rule has either alert or record")
+        kind = "alert" if "alert" in members else "record"
+        name = self.required(members, kind, node, "a rule")
+        expr = self.required(members, "expr", node, f"{kind} {name}").strip()
         try:
             self._check_expression(expr)
         except PgherdError as error:
-            raise _invalid(self.where(members["expr"]), f"alert {alert}: {error.message}", hint=error.hint) from error
+            raise _invalid(self.where(members["expr"]), f"{kind} {name}: {error.message}", hint=error.hint) from error
+        labels = {**group_labels, **self.texts(members.get("labels"), "labels")}
+        if kind == "record":
+            return self.recording_rule(node, members, group, name, expr, labels)
         return Rule(
             group=group,
-            alert=alert,
+            alert=name,
             expr=expr,
             for_ns=self.duration_ns(members, "for", 0),
             keep_firing_for_ns=self.duration_ns(members, "keep_firing_for", 0),
-            labels={**group_labels, **self.templates(members.get("labels"), "labels")},
-            annotations=self.templates(members.get("annotations"), "annotations"),
+            labels=self.templates(labels),
+            annotations=self.templates(self.texts(members.get("annotations"), "annotations")),
             origin=self.where(node),
         )
 
-    def templates(self, node: yaml.Node | None, what: str) -> dict[str, Template]:
+    def recording_rule(
+        self, node: yaml.Node, members: dict[str, yaml.Node], group: str, name: str, expr: str, labels: dict[str, yaml.Node]
+    ) -> RecordingRule:
+        for key in _ALERTS_ONLY:
+            if key in members:
+                raise _invalid(self.where(members[key]), f"record {name}: {key} is for alerts")
+        if _METRIC_NAME_RE.fullmatch(name) is None:
+            raise _invalid(self.where(members["record"]), f"{name!r} can't be a metric's name")
+        texts = {label: self.text(value, label) for label, value in labels.items()}
+        return RecordingRule(group, name, expr, texts, self.where(node))
+
+    def texts(self, node: yaml.Node | None, what: str) -> dict[str, yaml.Node]:
+        """Names and text nodes of labels or annotations."""
         if node is None:
             return {}
-        compiled: dict[str, Template] = {}
+        found: dict[str, yaml.Node] = {}
         for name, value in self.mapping(node, None, what).items():
             if _LABEL_NAME_RE.fullmatch(name) is None or name in (
                 NAME_LABEL,
                 *((ALERT_NAME_LABEL,) if what == "labels" else ()),
             ):
                 raise _invalid(self.where(value), f"{name!r} can't be a name in {what}")
-            compiled[name] = compile_template(self.text(value, name), where=self.where(value))
-        return compiled
+            self.text(value, name)
+            found[name] = value
+        return found
+
+    def templates(self, texts: dict[str, yaml.Node]) -> dict[str, Template]:
+        return {name: compile_template(self.text(value, name), where=self.where(value)) for name, value in texts.items()}

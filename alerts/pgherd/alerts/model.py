@@ -74,17 +74,41 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
-    """Rules evaluated one after the other at one instant, every `interval_ns`.
+class RecordingRule:
+    """One recording rule: the result of `expr` becomes the series `record`. Its labels are plain text, as in Prometheus."""
 
-    `limit` bounds the pending and firing instances of each rule (0: none). `source` is the file.
+    group: str
+    record: str
+    expr: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+    origin: str = ""
+
+    @property
+    def id(self) -> str:
+        """Stable over restarts and edits of the expression."""
+        texts = [text for name in sorted(self.labels) for text in (name, self.labels[name])]
+        return f"{self.group[:80]}/{self.record[:120]}#{fnv1a_64((self.group, self.record, *texts))}"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Rules evaluated one after the other at one instant, every `interval_ns`; each sees what those before it recorded.
+
+    `limit` bounds the pending and firing instances, or the recorded series, of each rule (0: none). The series are
+    read `query_offset_ns` before the instant, for senders that are late. `source` is the file.
     """
 
     name: str
     interval_ns: int
-    rules: tuple[Rule, ...]
+    rules: tuple[Rule | RecordingRule, ...]
     limit: int = 0
+    query_offset_ns: int = 0
     source: str = ""
+
+    @property
+    def alerting(self) -> tuple[Rule, ...]:
+        """The alerting rules alone."""
+        return tuple(rule for rule in self.rules if isinstance(rule, Rule))
 
 
 @dataclass(frozen=True, slots=True)

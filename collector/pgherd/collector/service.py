@@ -26,6 +26,7 @@ from pgherd.collector.alerting.evaluation import Evaluator
 from pgherd.collector.alerting.herd import HeartbeatSeries, herd_facts
 from pgherd.collector.alerting.outbox import OutboxWorker
 from pgherd.collector.alerting.query import promql_query
+from pgherd.collector.alerting.recorded import RecordedSeries
 from pgherd.collector.api.alerts import alerts_router, prometheus_alerts_router
 from pgherd.collector.api.app import http_app
 from pgherd.collector.api.auth import Authenticator, require
@@ -154,8 +155,9 @@ class Collector:
         self.queries = QueryPool(clock, config.query.concurrency)
         receivers = [_receiver(receiver, config.alerts.external_url) for receiver in config.alerts.receivers]
         self.outbox = OutboxWorker(control, receivers, clock)
+        recorded = RecordedSeries(series, series.append)
         query = promql_query(
-            series,
+            recorded,
             clock,
             timeout_s=config.query.timeout,
             limits=Limits(lookback_ms=int(config.query.lookback * 1000), samples_max=config.query.samples_max),
@@ -167,6 +169,7 @@ class Collector:
             facts=herd_facts(control, self.herd, query),
             clock=clock,
             receivers=[receiver.name for receiver in receivers],
+            recorded=recorded,
             committed=self.outbox.wake,
         )
         self.heartbeats = HeartbeatSeries(

@@ -21,7 +21,7 @@ import numpy as np
 from sqlalchemy import Connection, select
 
 from pgherd.alerts.knowledge import Knowledge, Watched, knowledge
-from pgherd.collector.alerting.evaluation import Facts
+from pgherd.collector.alerting.group import Facts
 from pgherd.collector.alerting.query import Query
 from pgherd.proto.clock import Clock
 from pgherd.proto.errors import PgherdError

@@ -16,7 +16,8 @@ from fastapi import APIRouter, Depends, Query
 from pgherd.alerts.model import Instance, State
 from pgherd.alerts.notification import rfc3339
 from pgherd.alerts.template import go_float
-from pgherd.collector.alerting.evaluation import Evaluator, GroupStatus, RuleStatus
+from pgherd.collector.alerting.evaluation import Evaluator
+from pgherd.collector.alerting.group import GroupStatus, RecordingStatus, RuleStatus
 
 _ZERO_TIME = "0001-01-01T00:00:00Z"  # Go's: never
 _SHOWN_BY_PROMETHEUS = (State.PENDING, State.FIRING)
@@ -37,7 +38,7 @@ def alerts_router(evaluator: Evaluator, require: Callable[[str], Callable[..., A
         found = [
             (f"{status.rule.id} {fingerprint}", status, fingerprint, instance)
             for group in evaluator.status()
-            for status in group.rules
+            for status in group.alerting
             for fingerprint, instance in status.instances.items()
             if state is None or instance.state in state
         ]
@@ -60,7 +61,9 @@ def prometheus_alerts_router(evaluator: Evaluator, require: Callable[[str], Call
     @router.get("/alerts")
     async def alerts() -> dict[str, Any]:
         """Pending and firing alerts."""
-        return _success({"alerts": [alert for group in evaluator.status() for rule in group.rules for alert in _alerts(rule)]})
+        return _success(
+            {"alerts": [alert for group in evaluator.status() for rule in group.alerting for alert in _alerts(rule)]}
+        )
 
     @router.get("/rules")
     async def rules(
@@ -70,14 +73,17 @@ def prometheus_alerts_router(evaluator: Evaluator, require: Callable[[str], Call
         file: Annotated[list[str] | None, Query(alias="file[]")] = None,
         exclude_alerts: bool = False,
     ) -> dict[str, Any]:
-        """Groups with their rules; all rules here are alerting rules."""
+        """Groups with their rules."""
         groups = []
         for status in evaluator.status():
             if (rule_group and status.group.name not in rule_group) or (file and status.group.source not in file):
                 continue
-            shown = (
-                [] if type_ == "record" else [rule for rule in status.rules if not rule_name or rule.rule.alert in rule_name]
-            )
+            shown = [
+                rule
+                for rule in status.rules
+                if type_ in (None, "record" if isinstance(rule, RecordingStatus) else "alert")
+                and (not rule_name or _name(rule) in rule_name)
+            ]
             if shown or not (type_ or rule_name):
                 groups.append(_group(status, shown, exclude_alerts=exclude_alerts))
         return _success({"groups": groups})
@@ -125,13 +131,19 @@ def _alerts(status: RuleStatus) -> list[dict[str, Any]]:
     return shown
 
 
-def _group(status: GroupStatus, rules: list[RuleStatus], *, exclude_alerts: bool) -> dict[str, Any]:
+def _name(status: RuleStatus | RecordingStatus) -> str:
+    return status.rule.alert if isinstance(status, RuleStatus) else status.rule.record
+
+
+def _group(status: GroupStatus, rules: list[RuleStatus | RecordingStatus], *, exclude_alerts: bool) -> dict[str, Any]:
     return {
         "name": status.group.name,
         "file": status.group.source,
         "interval": status.group.interval_ns / 1e9,
         "limit": status.group.limit,
-        "rules": [_rule(rule, exclude_alerts=exclude_alerts) for rule in rules],
+        "rules": [
+            _rule(rule, exclude_alerts=exclude_alerts) if isinstance(rule, RuleStatus) else _recording(rule) for rule in rules
+        ],
         "evaluationTime": status.duration_s,
         "lastEvaluation": _when(status.evaluated_unix_ns),
     }
@@ -153,6 +165,21 @@ def _rule(status: RuleStatus, *, exclude_alerts: bool) -> dict[str, Any]:
         "evaluationTime": status.duration_s,
         "lastEvaluation": _when(status.evaluated_unix_ns),
         "alerts": [] if exclude_alerts else _alerts(status),
+    }
+    if status.last_error:
+        shown["lastError"] = status.last_error
+    return shown
+
+
+def _recording(status: RecordingStatus) -> dict[str, Any]:
+    shown: dict[str, Any] = {
+        "type": "recording",
+        "name": status.rule.record,
+        "query": status.rule.expr,
+        "labels": dict(status.rule.labels),
+        "health": status.health.value,
+        "evaluationTime": status.duration_s,
+        "lastEvaluation": _when(status.evaluated_unix_ns),
     }
     if status.last_error:
         shown["lastError"] = status.last_error
