@@ -144,10 +144,10 @@ def test_partial_success_names_what_was_left_out(store: SeriesStore) -> None:
         success = await wire.export(request.SerializeToString(), 1)
         assert success.rejected_data_points == 2
         assert Reason.PAST in success.error_message
-        assert Reason.KIND in success.error_message
+        assert Reason.TEMPORALITY in success.error_message
         success = await wire.export(simple([1.0], 1), 2)  # nothing left: still acknowledged
         assert success.rejected_data_points == 1
-        assert wire.service.counters.points_rejected == {Reason.PAST: 2, Reason.KIND: 1}
+        assert wire.service.counters.points_rejected == {Reason.PAST: 2, Reason.TEMPORALITY: 1}
 
     run(store, body)
     assert sequence_of(store) == (2, 0, 1)

@@ -16,11 +16,13 @@ from pgherd.collector.ingest.otlp import Decoded
 from pgherd.collector.ingest.shape import ShapeCache, scan, template_of
 from pgherd.proto.errors import PeerError
 from pgherd.proto.samples import STALE_NAN_BITS
+from support.otlp import histogram, resource
 
-LIMITS = AdmitLimits(points_max=50)
+LIMITS = AdmitLimits(points_max=1000)
 TEXT = st.text(max_size=8)
 KEYS = st.sampled_from(["datname", "job", "node", "a.b", "a_b", "__name__", "9x", ""])
 SPECIAL_BITS = st.sampled_from([STALE_NAN_BITS, 0x7FF8000000000000, 0, 1 << 63, (1 << 64) - 1, 0x7FF0000000000000])
+TEMPORALITY: st.SearchStrategy[Any] = st.sampled_from([0, 1, 2, 2, 2])
 WORDS = st.one_of(SPECIAL_BITS, st.integers(0, (1 << 64) - 1))
 
 
@@ -62,6 +64,22 @@ def fill_point(draw: st.DrawFn, point: Any) -> None:
         point.exemplars.add(as_double=1.0)
 
 
+def fill_histogram(draw: st.DrawFn, point: Any) -> None:
+    for key in draw(st.lists(KEYS, max_size=2)):
+        fill_value(draw, point.attributes.add(key=key).value)
+    point.time_unix_nano = draw(WORDS)
+    point.count = draw(st.one_of(st.just(0), WORDS))
+    if draw(st.booleans()):
+        point.sum = struct.unpack("<d", struct.pack("<Q", draw(WORDS)))[0]
+    bounds = sorted(draw(st.lists(st.sampled_from([-1.0, 0.0, 0.005, 1.0, 1e10, float("inf")]), max_size=4)))
+    point.explicit_bounds.extend(bounds)
+    buckets = len(bounds) + draw(st.sampled_from([1, 1, 1, 0, 2])) if bool(bounds) or draw(st.booleans()) else 0
+    point.bucket_counts.extend(draw(st.lists(WORDS, min_size=buckets, max_size=buckets)))
+    point.flags = draw(st.sampled_from([0, 0, 0, 1]))
+    if draw(st.booleans()):
+        point.min, point.max = 1.0, 2.0
+
+
 @st.composite
 def requests(draw: st.DrawFn) -> bytes:
     request = ExportMetricsServiceRequest()
@@ -78,19 +96,29 @@ def requests(draw: st.DrawFn) -> bytes:
                     name=draw(st.sampled_from(["pg_up", "a.b", "é", "", "x" * 300])),
                     unit=draw(st.sampled_from(["", "By", "1"])),
                 )
-                kind = draw(st.sampled_from(["gauge", "gauge", "sum", "sum", "histogram", "none"]))
+                kind = draw(
+                    st.sampled_from(
+                        ["gauge", "gauge", "sum", "sum", "histogram", "histogram", "exponential", "summary", "none"]
+                    )
+                )
                 if kind == "gauge":
                     metric.gauge.SetInParent()
                     for _ in range(draw(st.integers(0, 4))):
                         fill_point(draw, metric.gauge.data_points.add())
                 elif kind == "sum":
-                    temporality: Any = draw(st.sampled_from([0, 1, 2, 2, 2]))
-                    metric.sum.aggregation_temporality = temporality
+                    metric.sum.aggregation_temporality = draw(TEMPORALITY)
                     metric.sum.is_monotonic = draw(st.booleans())
                     for _ in range(draw(st.integers(0, 4))):
                         fill_point(draw, metric.sum.data_points.add())
                 elif kind == "histogram":
-                    metric.histogram.data_points.add(count=1, time_unix_nano=draw(WORDS))
+                    metric.histogram.aggregation_temporality = draw(TEMPORALITY)
+                    for _ in range(draw(st.integers(0, 3))):
+                        fill_histogram(draw, metric.histogram.data_points.add())
+                elif kind == "exponential" and draw(st.integers(0, 3)) == 0:
+                    metric.exponential_histogram.aggregation_temporality = 2
+                    metric.exponential_histogram.data_points.add(count=1, scale=draw(st.integers(-11, 21)), time_unix_nano=5)
+                elif kind == "summary" and draw(st.integers(0, 3)) == 0:
+                    metric.summary.data_points.add(count=1, time_unix_nano=5).quantile_values.add(quantile=0.5, value=2.0)
     body: bytes = request.SerializeToString()
     return body
 
@@ -98,7 +126,8 @@ def requests(draw: st.DrawFn) -> bytes:
 def facts(decoded: Decoded) -> object:
     return (
         decoded.layout.labels, decoded.layout.metrics, decoded.series.tolist(), decoded.times_ns.tolist(),
-        decoded.values.view(np.uint64).tolist(), decoded.claims, dict(decoded.rejected),
+        decoded.values.view(np.uint64).tolist(), decoded.claims, dict(decoded.rejected), decoded.layout.deltas,
+        decoded.ordinals.tolist(), decoded.parts.tolist(),
     )  # fmt: skip
 
 
@@ -116,7 +145,7 @@ def test_fast_path_equals_slow_path(body: bytes, kind: str, data: st.DataObject)
     for _ in range(2):  # the second sight makes the template
         assert facts(cache.decode(body, peer)) == slow(body, kind)
     changed = bytearray(body)
-    holes = [at for point in scan(body) or () for at in (point.start, point.time, point.as_double, point.as_int) if at >= 0]
+    holes = [at for point in scan(body) or () for at in point.all()]
     for at in holes:
         changed[at : at + 8] = data.draw(WORDS).to_bytes(8, "little")
     hits = cache.hits
@@ -164,6 +193,22 @@ def test_no_part_of_a_request_is_taken_twice() -> None:
         merged = b"\x0a" + bytes([len(resource)]) + resource
         assert len(otlp.decode(merged, "client", LIMITS).series) == (2 if extra else 1)
         assert scan(merged) is None
+
+
+def test_explicit_histograms_take_the_fast_path() -> None:
+    def body(counts: list[int], total: float, time_ns: int) -> bytes:
+        request = ExportMetricsServiceRequest()
+        made = resource(request)
+        for delta in (True, False):
+            histogram(made, f"h{delta:d}", [1.0, 2.0], counts, time_ns=time_ns, total=total, delta=delta)
+        encoded: bytes = request.SerializeToString()
+        return encoded
+
+    cache, peer = ShapeCache(LIMITS), AnyPeer("agent")
+    for n in range(1, 6):
+        request = body([n, 0, 1 << 60], n / 3, n * 1000)
+        assert facts(cache.decode(request, peer)) == slow(request, "agent")
+    assert cache.hits == 3
 
 
 def test_cache_stays_within_its_bound() -> None:

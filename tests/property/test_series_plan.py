@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pgherd.proto.selectors import Matcher, MatchOp
-from pgherd.storage.series.batch import labels_of
+from pgherd.storage.series.batch import Batch, labels_of
 from pgherd.storage.series.catalog import Catalog, labels_from_json, labels_to_json
 from pgherd.storage.series.index import SeriesIndex
 from pgherd.storage.series.plan import plan_commit
@@ -51,6 +52,44 @@ def test_each_sequence_is_stored_once_however_the_commits_are_cut(
         state = catalog.shipments[agent, "one"]
         assert state.last_sequence == max(sequences) == state.gaps + len(sequences)
         assert state.stored_points == stored[agent]
+
+
+INCREASES = st.lists(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 12), st.integers(0, 5)), max_size=6), max_size=12)
+
+
+@given(arrivals=INCREASES, cuts=st.sets(st.integers(1, 11)))
+def test_an_increase_counts_once_however_often_it_comes(arrivals: list[list[tuple[int, int, int]]], cuts: set[int]) -> None:
+    """The model: per series, in order of arrival (in time within a request), what is later than all before is added."""
+    catalog = Catalog()
+    made = replace(layout(3), deltas=(0, 1))  # the third series is cumulative
+    totals: dict[int, tuple[int, float]] = {}
+    edges = [0, *sorted(c for c in cuts if c < len(arrivals)), len(arrivals)]
+    stored: dict[int, list[float]] = {0: [], 1: [], 2: []}
+    expected: dict[int, list[float]] = {0: [], 1: [], 2: []}
+    for low, high in itertools.pairwise(edges):
+        group = [
+            Batch(
+                made, np.array([p[0] for p in points], np.int32), np.array([p[1] for p in points], np.int64),
+                np.array([p[2] for p in points], np.float64),
+            )
+            for points in arrivals[low:high]
+        ]  # fmt: skip
+        plan = plan_commit(group, catalog.known(), series_max=10, now_unix_ms=BASE_MS)
+        for points, receipt in zip(arrivals[low:high], plan.receipts, strict=True):
+            taken = 0
+            for series, time, value in sorted(points, key=lambda p: p[1]):
+                last, total = totals.get(series, (0, 0.0))
+                if series == 2 or time > last:
+                    taken += 1
+                    totals[series] = (time, value if series == 2 else total + value)
+                    expected[series].append(totals[series][1])
+            assert (receipt.stored_points, receipt.deltas_repeated) == (taken, len(points) - taken)
+        catalog.apply(plan)
+        for series_id, value in zip(plan.series_ids.tolist(), plan.values.tolist(), strict=True):
+            stored[int(dict(catalog.index.labels(np.array([series_id], np.int32))[0])["i"])].append(value)
+    assert {series: sorted(values) for series, values in stored.items()} == {
+        series: sorted(values) for series, values in expected.items()
+    }
 
 
 LABEL_SETS = st.lists(

@@ -58,6 +58,31 @@ def metric(
     return added
 
 
+def histogram(
+    made: Any,
+    name: str,
+    bounds: Sequence[float],
+    counts: Sequence[int],
+    *,
+    time_ns: int,
+    scope: str = "pgherd.agent",
+    delta: bool = False,
+    unit: str = "",
+    total: float | None = None,
+) -> Any:
+    """Append an explicit histogram of one point."""
+    scope_metrics = made.scope_metrics.add()
+    scope_metrics.scope.name = scope
+    added = scope_metrics.metrics.add(name=name, unit=unit)
+    added.histogram.aggregation_temporality = 1 if delta else 2
+    point = added.histogram.data_points.add(
+        time_unix_nano=time_ns, count=sum(counts), explicit_bounds=bounds, bucket_counts=counts
+    )
+    if total is not None:
+        point.sum = total
+    return added
+
+
 def simple(values: Sequence[float], time_ns: int, *, agent: str = AGENT, node: str = NODE, instance: str = "db1:5432") -> bytes:
     """One gauge with one series per value."""
     request = ExportMetricsServiceRequest()

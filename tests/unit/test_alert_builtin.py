@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import insert, select, update
@@ -33,6 +34,7 @@ LABELS = {"job": "pgherd", "instance": INSTANCE, "cluster": "main", "node": "db1
 @dataclass
 class Live:
     heard_unix_ns: int
+    facts: Mapping[str, Any]
 
 
 class Herd:
@@ -42,11 +44,12 @@ class Herd:
         self.clock = clock
         self.last_unix_ns: dict[str, int] = {}
         self.silent: set[str] = set()
+        self.facts: dict[str, Any] = {}
 
     def heard(self, agent_id: str, /) -> Live | None:
         if agent_id in self.silent:
             return None
-        return Live(self.last_unix_ns.setdefault(agent_id, self.clock.wall_unix_ns()))
+        return Live(self.last_unix_ns.setdefault(agent_id, self.clock.wall_unix_ns()), self.facts)
 
 
 class World:
@@ -233,3 +236,28 @@ def test_scalars_count_as_a_vector_and_ranges_are_refused() -> None:
     with pytest.raises(PgherdError) as caught:
         promql_query(MemorySeries(), SystemClock(), timeout_s=-1)("pg_up", 0)
     assert caught.value.code == "query.timeout"
+
+
+def test_skew_and_spool_age_are_known_while_the_agent_is_heard(tmp_path: Path, world: World) -> None:
+    clock = HandClock()
+    series = SeriesStore.open(tmp_path / "series.duckdb", quiet(), clock)
+    query = promql_query(series, clock, timeout_s=30)
+    heartbeats = HeartbeatSeries(world.store, world.herd, series.append, clock)
+
+    def turn() -> tuple[list[float], list[float]]:
+        clock.unix_ms += 10_000
+        assert asyncio.run(heartbeats.write()) == 1
+        names = ("pgherd_agent_clock_skew_seconds", "pgherd_agent_spool_age_seconds")
+        skews, ages = ([value for _, value in query(name, clock.unix_ms)] for name in names)
+        return skews, ages
+
+    assert turn() == ([], []), "no heartbeat yet"
+    world.herd.facts = {"spool_oldest_unix_ns": None}
+    assert turn() == ([], [0.0])
+    # The agent's clock is 4 s behind: what it stamped 30 s ago by its own clock is 26 s old.
+    its_now_ns = (clock.unix_ms + 10_000 - 4_000) * 1_000_000
+    world.herd.facts = {"skew_ns": 4 * 10**9, "spool_oldest_unix_ns": its_now_ns - 26 * 10**9}
+    assert turn() == ([4.0], [26.0])
+    world.herd.silent.add(AGENT)
+    assert turn() == ([], []), "not heard: not 0, and not the last value either"
+    series.close()

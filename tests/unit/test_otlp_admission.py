@@ -11,10 +11,10 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from pgherd.collector.ingest import otlp
 from pgherd.collector.ingest.admit import AdmitLimits, Claim, Reason, admit_times, check_claims
 from pgherd.collector.ingest.names import label_name, metric_name
-from pgherd.collector.ingest.service import batch_of, shipment_of
+from pgherd.collector.ingest.service import admitted, shipment_of
 from pgherd.proto.errors import DeniedError, PeerError
 from pgherd.proto.samples import STALE_NAN_BITS, Metric, MetricKind
-from support.otlp import AGENT, INCARNATION, NODE, metric, resource
+from support.otlp import AGENT, INCARNATION, NODE, histogram, metric, resource
 
 NOW_NS = 1_795_000_000_000_000_000
 LIMITS = AdmitLimits()
@@ -87,33 +87,46 @@ def test_what_cannot_be_taken_is_rejected_with_its_reason() -> None:
     request = ExportMetricsServiceRequest()
     made = resource(request)
     metric(made, "ok", [({}, 1.0)], time_ns=NOW_NS)
-    metric(made, "delta", [({}, 1.0), ({"x": "y"}, 2.0)], time_ns=NOW_NS, counter=True).sum.aggregation_temporality = 1
+    delta = metric(made, "delta", [({}, 1.0), ({"x": "y"}, 2.0)], time_ns=NOW_NS, counter=True)
+    delta.sum.aggregation_temporality, delta.sum.is_monotonic = 1, False
     metric(made, "not a name", [({}, 1.0)], time_ns=NOW_NS)
     metric(made, "labels", [({"bad-label": "x"}, 1.0), ({"__x": "1"}, 1.0), ({"x": "y" * 5000}, 1.0)], time_ns=NOW_NS)
     metric(made, "many", [({f"l{i}": "x" for i in range(80)}, 1.0)], time_ns=NOW_NS)
     made.scope_metrics.add().metrics.add(name="h").histogram.data_points.add(count=1)
     made.scope_metrics.add().metrics.add(name="e").exponential_histogram.data_points.add(count=1)
-    made.scope_metrics.add().metrics.add(name="s").summary.data_points.add(count=1)
+    for bounds, counts in (
+        ([1.0], [1]),
+        ([2.0, 1.0], [1, 1, 1]),
+        ([float("nan")], [1, 1]),
+        ([float("inf")], [1, 1]),
+        ([], [0] * 600),
+    ):
+        histogram(made, "h", bounds, counts, time_ns=NOW_NS)
+    exponential = made.scope_metrics.add().metrics.add(name="e").exponential_histogram
+    exponential.aggregation_temporality = 2
+    exponential.data_points.add(count=1, scale=21, time_unix_nano=NOW_NS)
+    histogram(made, "late_h", [1.0], [1, 1], time_ns=1)  # five samples, one point
     metric(made, "empty", [({}, 1.0)], time_ns=NOW_NS).gauge.data_points[0].ClearField("as_double")
     metric(made, "late", [({}, 1.0)], time_ns=NOW_NS - 8 * 86400 * 10**9)
     metric(made, "early", [({}, 1.0)], time_ns=NOW_NS + 601 * 10**9)
     metric(made, "timeless", [({}, 1.0)], time_ns=0)
     decoded = otlp.decode(request.SerializeToString(), "agent", LIMITS)
-    batch, rejected = batch_of(decoded, None, NOW_NS, LIMITS)
-    assert rejected == {
-        Reason.DELTA: 2, Reason.NAME: 1, Reason.LABELS: 4, Reason.KIND: 3, Reason.NO_VALUE: 1, Reason.PAST: 2, Reason.FUTURE: 1,
+    taken = admitted(decoded, None, NOW_NS, LIMITS)
+    assert taken.rejected == {
+        Reason.DELTA: 2, Reason.NAME: 1, Reason.LABELS: 4, Reason.TEMPORALITY: 2, Reason.BUCKETS: 6, Reason.NO_VALUE: 1,
+        Reason.PAST: 3, Reason.FUTURE: 1,
     }  # fmt: skip
-    assert (batch.points, batch.times_ms.tolist()) == (1, [NOW_NS // 1_000_000])
+    assert (taken.batch.points, taken.batch.times_ms.tolist()) == (1, [NOW_NS // 1_000_000])
 
 
 def test_time_bounds_are_closed_and_survive_extremes() -> None:
     limits = AdmitLimits(future_max_s=1.0, past_max_s=1.0)
     times = np.array([NOW_NS - 10**9, NOW_NS + 10**9, NOW_NS - 10**9 - 1, NOW_NS + 10**9 + 1, 0, (1 << 64) - 1], np.uint64)
-    kept, rejected = admit_times(times, NOW_NS, limits)
+    kept, rejected = admit_times(times, np.arange(len(times), dtype=np.int32), NOW_NS, limits)
     assert kept is not None
     assert kept.tolist() == [True, True, False, False, False, False]
     assert rejected == {Reason.PAST: 2, Reason.FUTURE: 2}
-    assert admit_times(times[:2], NOW_NS, limits)[0] is None
+    assert admit_times(times[:2], np.arange(2, dtype=np.int32), NOW_NS, limits)[0] is None
 
 
 def test_too_many_points_are_refused_whole() -> None:

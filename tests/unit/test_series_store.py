@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from pgherd.proto.errors import ConfigError, IntegrityError, PreconditionError, TransientError
-from pgherd.proto.samples import STALE_NAN_BITS, Metric, MetricKind
+from pgherd.proto.samples import STALE_NAN, STALE_NAN_BITS, Metric, MetricKind
 from pgherd.proto.selectors import Matcher, MatchOp
 from pgherd.storage.series.batch import Batch, Shipment, layout_of
 from pgherd.storage.series.database import FORMAT_VERSION
 from pgherd.storage.series.queue import CommitQueue
-from pgherd.storage.series.store import SeriesSettings
+from pgherd.storage.series.store import SeriesSettings, SeriesStore
 from support.series import BASE_MS, HandClock, batch, layout, name_is, open_store, quiet, read_all
 from support.waiting import wait_until
 
@@ -249,3 +249,26 @@ def test_hot_database_has_no_index_and_its_storage_version_is_pinned(tmp_path: P
         tags = connection.execute("SELECT tags FROM duckdb_databases() WHERE database_name = 'series'").fetchone()
         assert tags is not None
         assert tags[0]["storage_version"].startswith("v1.5.0")
+
+
+def test_running_totals_go_on_after_a_restart(tmp_path: Path) -> None:
+    """An increase that was acknowledged counts, one that is repeated doesn't, and the series shows no reset."""
+    made = replace(layout(3), deltas=(0, 1))
+
+    def put(store: SeriesStore, time_ms: int, values: list[float]) -> tuple[int, int]:
+        receipt = store.append(batch(made, BASE_MS + time_ms, values)).result(10)
+        return receipt.stored_points, receipt.deltas_repeated
+
+    store = open_store(tmp_path)
+    assert put(store, 1, [5.0, 1.0, 7.0]) == (3, 0)
+    assert put(store, 2, [2.0, 1.0, 8.0]) == (3, 0)
+    assert put(store, 3, [0.5, STALE_NAN, 8.0]) == (3, 0)
+    store.close()
+    store = open_store(tmp_path)
+    assert put(store, 3, [0.5, 3.0, 9.0]) == (2, 1)  # the answer was lost: the first is a repeat, the second had no value
+    assert put(store, 4, [1.0, 1.0, 9.0]) == (3, 0)
+    read = {dict(labels)["i"]: [value for _, value in samples] for labels, samples in read_all(store).items()}
+    assert read["0"] == [5.0, 7.0, 7.5, 8.5]
+    assert read["1"][-1] == 6.0
+    assert read["2"] == [7.0, 8.0, 9.0, 9.0]
+    store.close()

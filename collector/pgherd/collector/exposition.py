@@ -73,6 +73,12 @@ def collector_families(
             _by("pgherd_collector_ingest_refused_total", "Requests refused, by error code.", "code", counters.requests_refused),
             single("pgherd_collector_ingest_repeated_total", "counter", "Requests seen before.", counters.requests_repeated),
             single("pgherd_collector_ingest_gaps_total", "counter", "Sequence numbers skipped by agents.", counters.gaps),
+            single(
+                "pgherd_collector_ingest_deltas_repeated_total",
+                "counter",
+                "Increases no later than what was stored, not added again.",
+                counters.deltas_repeated,
+            ),
             single("pgherd_collector_ingest_in_flight", "gauge", "Requests being served.", counters.in_flight),
             single("pgherd_collector_points_stored_total", "counter", "Points committed since start.", written.points_stored),
             single("pgherd_collector_series", "gauge", "Series known.", gauges.series),

@@ -14,10 +14,12 @@ STALE_NAN: float = struct.unpack("<d", struct.pack("<Q", STALE_NAN_BITS))[0]
 
 
 class MetricKind(StrEnum):
-    """Prometheus' own words for the two scalar kinds."""
+    """Prometheus' own words. Histograms and summaries name a family; their series end in _bucket, _sum, _count."""
 
     GAUGE = "gauge"
     COUNTER = "counter"
+    HISTOGRAM = "histogram"
+    SUMMARY = "summary"
 
 
 @dataclass(frozen=True, slots=True)

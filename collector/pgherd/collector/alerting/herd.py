@@ -1,12 +1,15 @@
 """What is heard of the herd, for the alerts: facts for `known`, and heartbeats as series.
 
-The collector writes two gauges for each active agent, so that silence can be alerted on, graphed and queried
-like anything else, and so that a rule over them exists exactly when an agent doesn't speak:
+The collector writes gauges {job="pgherd", agent, agent_id} for each active agent, so that silence can be alerted on,
+graphed and queried like anything else, and so that a rule over them exists exactly when an agent doesn't speak:
 
-    pgherd_agent_heartbeat_age_seconds{job="pgherd", agent, agent_id}    since the last heartbeat, or since joining
-    pgherd_agent_up{job="pgherd", agent, agent_id}                       1 heard within three heartbeats, else 0
+    pgherd_agent_heartbeat_age_seconds    since the last heartbeat, or since joining
+    pgherd_agent_up                       1 heard within three heartbeats, else 0
+    pgherd_agent_clock_skew_seconds       what the collector's clock is ahead of the agent's, by the last round trip
+    pgherd_agent_spool_age_seconds        age of the oldest sample that waits in the agent's spool, 0 when none does
 
-An agent that is revoked or forgotten gets a staleness marker: its AgentSilent ends.
+The last two are what the agent itself said last: of one that isn't heard they are unknown, hence absent. A series that
+ends, also because its agent was revoked or forgotten, gets a staleness marker: its AgentSilent ends.
 """
 
 from __future__ import annotations
@@ -38,6 +41,13 @@ HEARTBEAT_AGE = Metric(
     "pgherd_agent_heartbeat_age_seconds", MetricKind.GAUGE, "Time since the collector last heard this agent", "s"
 )
 AGENT_UP = Metric("pgherd_agent_up", MetricKind.GAUGE, "Whether the agent was heard within three heartbeats")
+CLOCK_SKEW = Metric(
+    "pgherd_agent_clock_skew_seconds", MetricKind.GAUGE, "What the collector's clock is ahead of the agent's", "s"
+)
+SPOOL_AGE = Metric(
+    "pgherd_agent_spool_age_seconds", MetricKind.GAUGE, "Age of the oldest sample that waits in the agent's spool", "s"
+)
+_METRICS = (HEARTBEAT_AGE, AGENT_UP, CLOCK_SKEW, SPOOL_AGE)
 
 # What the agent says of itself when a probe's values are missing.
 _TROUBLED = "pgherd_node_saturated == 1 or pg_exporter_last_scrape_error == 1 or pgherd_probe_unknown == 1"
@@ -51,6 +61,11 @@ class Heard(Protocol):
     @property
     def heard_unix_ns(self) -> int: ...
 
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What it said of itself: `skew_ns` (collector's clock minus its own), `spool_oldest_unix_ns` (its own clock)."""
+        ...
+
 
 class Herd(Protocol):
     """Who is heard (pgherd.collector.control.herd.Herd)."""
@@ -61,13 +76,22 @@ class Herd(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class AgentAge:
-    """An active agent and how long ago it was last heard."""
+class AgentPulse:
+    """An active agent, how long ago it was last heard, and what it said then; None is unknown."""
 
     id: str
     name: str
     age_s: float
     alive: bool
+    skew_s: float | None = None
+    spool_age_s: float | None = None
+
+    def values(self) -> dict[Metric, float]:
+        """The gauges that have a value."""
+        known = {
+            HEARTBEAT_AGE: self.age_s, AGENT_UP: float(self.alive), CLOCK_SKEW: self.skew_s, SPOOL_AGE: self.spool_age_s,
+        }  # fmt: skip
+        return {metric: value for metric, value in known.items() if value is not None}
 
 
 def herd_facts(store: ControlStore, herd: Herd, query: Query, *, fresh_s: float = 60.0) -> Facts:
@@ -100,7 +124,7 @@ def watched_nodes(connection: Connection) -> list[Watched]:
     return [Watched(row.instance or "", row.alias, row.cluster, row.name, row.id) for row in rows]
 
 
-def agent_ages(connection: Connection, herd: Herd, now_unix_ns: int) -> list[AgentAge]:
+def agent_pulses(connection: Connection, herd: Herd, now_unix_ns: int) -> list[AgentPulse]:
     """Every agent that isn't revoked; one that never spoke counts from its joining.
 
     A stamp in the future (the collector's clock was set back) is as suspicious as an old one.
@@ -110,27 +134,46 @@ def agent_ages(connection: Connection, herd: Herd, now_unix_ns: int) -> list[Age
         .where(agents.c.kind == "agent", agents.c.status != "revoked")
         .order_by(agents.c.id)
     )
-    ages = []
+    pulses = []
     for row in rows:
         live = herd.heard(row.id)
         heard_unix_ns = live.heard_unix_ns if live is not None else (row.last_heartbeat_unix_ns or row.joined_unix_ns)
-        ages.append(AgentAge(row.id, row.name, abs(now_unix_ns - heard_unix_ns) / 1e9, live is not None))
-    return ages
+        told = _told(live.facts, now_unix_ns) if live is not None else (None, None)
+        pulses.append(AgentPulse(row.id, row.name, abs(now_unix_ns - heard_unix_ns) / 1e9, live is not None, *told))
+    return pulses
 
 
-def heartbeat_batch(ages: Sequence[AgentAge], vanished: Sequence[AgentAge], now_unix_ns: int) -> Batch:
-    """Both gauges of every agent at one time, and staleness markers for agents that are no longer."""
-    series: list[Mapping[str, str]] = []
-    values: list[float] = []
-    for agent, stale in [(agent, False) for agent in ages] + [(agent, True) for agent in vanished]:
-        for metric, value in ((HEARTBEAT_AGE, agent.age_s), (AGENT_UP, float(agent.alive))):
-            series.append({NAME_LABEL: metric.name, "job": "pgherd", "agent": agent.name, "agent_id": agent.id})
-            values.append(STALE_NAN if stale else value)
+def _told(facts: Mapping[str, Any], now_unix_ns: int) -> tuple[float | None, float | None]:
+    """Skew and age of the spool, in seconds, as far as an agent has told them."""
+    skew_ns = facts.get("skew_ns")
+    skew_s = None if skew_ns is None else skew_ns / 1e9
+    if "spool_oldest_unix_ns" not in facts:  # no heartbeat yet
+        return skew_s, None
+    oldest_unix_ns = facts["spool_oldest_unix_ns"]
+    if not oldest_unix_ns:
+        return skew_s, 0.0
+    return skew_s, max(0.0, (now_unix_ns - oldest_unix_ns - (skew_ns or 0)) / 1e9)
+
+
+_Written = Mapping[tuple[Metric, str, str], float]
+
+
+def written_of(pulses: Sequence[AgentPulse]) -> _Written:
+    """Every gauge of every agent: (metric, name, id) → value."""
+    return {(metric, pulse.name, pulse.id): value for pulse in pulses for metric, value in pulse.values().items()}
+
+
+def heartbeat_batch(current: _Written, previous: _Written, now_unix_ns: int) -> Batch:
+    """All gauges at one time, and staleness markers for those that are no longer."""
+    values = {**current, **{key: STALE_NAN for key in previous if key not in current}}
+    series = [
+        {NAME_LABEL: metric.name, "job": "pgherd", "agent": name, "agent_id": agent_id} for metric, name, agent_id in values
+    ]
     return Batch(
-        layout=layout_of(series, (HEARTBEAT_AGE, AGENT_UP)),
+        layout=layout_of(series, _METRICS),
         series=np.arange(len(series), dtype=np.int32),
         times_ms=np.full(len(series), now_unix_ns // 1_000_000, dtype=np.int64),
-        values=np.array(values, dtype=np.float64),
+        values=np.array(list(values.values()), dtype=np.float64),
     )
 
 
@@ -152,7 +195,7 @@ class HeartbeatSeries:
         self._append = append
         self._clock = clock
         self._interval_s = interval_s
-        self._written: dict[str, AgentAge] = {}
+        self._written: _Written = {}
 
     async def run(self) -> None:
         """Write until cancelled. A turn that fails is a gap, and the next is tried."""
@@ -166,15 +209,14 @@ class HeartbeatSeries:
     async def write(self) -> int:
         """Write one turn and wait until it is durable; returns the number of agents. Raises PgherdError, TimeoutError."""
         now_unix_ns = self._clock.wall_unix_ns()
-        ages = await asyncio.to_thread(self._ages, now_unix_ns)
-        current = {age.id: age for age in ages}
-        vanished = [age for agent_id, age in self._written.items() if agent_id not in current]
-        if current or vanished:
-            batch = heartbeat_batch(ages, vanished, now_unix_ns)
+        pulses = await asyncio.to_thread(self._pulses, now_unix_ns)
+        current = written_of(pulses)
+        if current or self._written:
+            batch = heartbeat_batch(current, self._written, now_unix_ns)
             await asyncio.wait_for(asyncio.wrap_future(self._append(batch)), _APPEND_TIMEOUT_S)
         self._written = current
-        return len(current)
+        return len(pulses)
 
-    def _ages(self, now_unix_ns: int) -> list[AgentAge]:
+    def _pulses(self, now_unix_ns: int) -> list[AgentPulse]:
         with self._store.read() as connection:
-            return agent_ages(connection, self._herd, now_unix_ns)
+            return agent_pulses(connection, self._herd, now_unix_ns)

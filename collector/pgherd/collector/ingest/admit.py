@@ -44,8 +44,9 @@ class Reason(StrEnum):
 
     FUTURE = "timestamp too far in the future"
     PAST = "timestamp too old"
-    KIND = "histograms and summaries aren't taken yet"
-    DELTA = "delta temporality isn't taken; export cumulative"
+    TEMPORALITY = "aggregation temporality isn't stated"
+    DELTA = "delta of a sum that isn't monotonic; export cumulative"
+    BUCKETS = "buckets and bounds don't fit, or are too many"
     NO_VALUE = "data point without a value"
     NAME = "metric name is empty or invalid"
     LABELS = "label invalid, too long, or too many labels"
@@ -59,6 +60,7 @@ class AdmitLimits:
     request_bytes_max: int = 4 * 1024 * 1024
     points_max: int = 200_000
     labels_max: int = 64
+    buckets_max: int = 512  # of one histogram or summary
     name_chars_max: int = 256
     label_value_chars_max: int = 4096
     future_max_s: float = 600.0
@@ -97,17 +99,25 @@ def _mismatch(what: str, peer: Peer) -> DeniedError:
 
 
 def admit_times(
-    times_ns: NDArray[np.uint64], now_unix_ns: int, limits: AdmitLimits
+    times_ns: NDArray[np.uint64], ordinals: NDArray[np.int32], now_unix_ns: int, limits: AdmitLimits
 ) -> tuple[NDArray[np.bool_] | None, Counter[Reason]]:
-    """Which points lie within the stated bounds of the collector's clock; None means all of them."""
+    """Which samples lie within the stated bounds of the collector's clock; None means all of them.
+
+    Counted are the data points that they are from: `ordinals`, ascending.
+    """
     newest = np.uint64(max(0, now_unix_ns + int(limits.future_max_s * 1e9)))
     oldest = np.uint64(max(0, now_unix_ns - int(limits.past_max_s * 1e9)))
     future, past = times_ns > newest, times_ns < oldest
     rejected: Counter[Reason] = Counter()
     if not (future.any() or past.any()):
         return None, rejected
-    rejected[Reason.FUTURE], rejected[Reason.PAST] = int(future.sum()), int(past.sum())
+    rejected[Reason.FUTURE], rejected[Reason.PAST] = points_among(ordinals[future]), points_among(ordinals[past])
     return ~(future | past), +rejected
+
+
+def points_among(ordinals: NDArray[np.int32]) -> int:
+    """How many data points samples with these ordinals, ascending, are from."""
+    return int(np.count_nonzero(np.diff(ordinals))) + 1 if len(ordinals) else 0
 
 
 def describe(rejected: Mapping[Reason, int]) -> str:

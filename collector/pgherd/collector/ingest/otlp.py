@@ -1,8 +1,15 @@
 """ExportMetricsServiceRequest → columns: the slow path, and the meaning that the fast path must keep. Pure.
 
-Gauges and cumulative sums are taken. Metrics of the scope `pgherd.agent` carry Prometheus names already; all
-others are translated. Integers become floats (above 2^53 the nearest one). Start times, exemplars, scope attributes
-and resource attributes besides job, instance, cluster and node aren't kept.
+Metrics of the scope `pgherd.agent` carry Prometheus names already; all others are translated.
+
+    gauge, sum              one sample a point; delta sums are marked, the store adds them up
+    histogram               `_bucket{le}` per explicit bound and `+Inf`, `_sum` when it is sent, `_count`
+    exponential histogram   the same on the bounds of a fixed ladder (buckets.py)
+    summary                 the series itself per `quantile`, `_sum`, `_count`
+
+Integers become floats (above 2^53 the nearest one). Start times, min and max, exemplars, scope attributes and
+resource attributes besides job, instance, cluster and node aren't kept. A delta of what isn't monotonic is rejected:
+after its sender's restart nothing tells what it counts from.
 """
 
 from __future__ import annotations
@@ -20,21 +27,31 @@ from numpy.typing import NDArray
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 
 from pgherd.collector.ingest.admit import AGENT_KIND, AdmitLimits, Claim, Reason
+from pgherd.collector.ingest.buckets import SCALE_MAX, SCALE_MIN, bound_text, bound_texts, ladder_of, running_counts
 from pgherd.collector.ingest.names import LABEL_NAME_RE, METRIC_NAME_RE, RESERVED_LABELS, label_name, metric_name
 from pgherd.proto.errors import PeerError
 from pgherd.proto.samples import STALE_NAN, Metric, MetricKind
+from pgherd.proto.selectors import NAME_LABEL
 from pgherd.storage.series.batch import Labels, SeriesLayout
 
 AGENT_SCOPE = "pgherd.agent"
-_CUMULATIVE = 2  # AggregationTemporality
+COUNT_PART, SUM_PART = -1, -2
+_DELTA, _CUMULATIVE = 1, 2  # AggregationTemporality
 _NO_RECORDED_VALUE = 1  # DataPointFlags
+_LONGEST_SUFFIX = len("_bucket")
+
+_KINDS = {
+    "gauge": MetricKind.GAUGE, "histogram": MetricKind.HISTOGRAM, "exponential_histogram": MetricKind.HISTOGRAM,
+    "summary": MetricKind.SUMMARY,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decoded:
     """A request in columns, before its timestamps are judged.
 
-    `ordinals[i]` is point i's place among all number data points of the request; rejected ones are left out.
+    `ordinals[i]` is the place, among all data points of the request, of the one that sample i is from; rejected ones
+    are left out. `parts[i]` says which part of it: 0 for a number, bucket k, COUNT_PART or SUM_PART of a histogram.
     """
 
     layout: SeriesLayout
@@ -44,6 +61,25 @@ class Decoded:
     claims: frozenset[Claim]
     rejected: Mapping[Reason, int]
     ordinals: NDArray[np.int32]
+    parts: NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """What a resource and its scope say about a metric's points."""
+
+    labels: Mapping[str, str]
+    is_ours: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """A metric that is taken."""
+
+    name: str
+    unit: str
+    is_delta: bool
+    origin: _Origin
 
 
 def decode(body: bytes, peer_kind: str, limits: AdmitLimits) -> Decoded:
@@ -63,7 +99,7 @@ class _Walk:
 
     def __init__(self, limits: AdmitLimits) -> None:
         self._limits = limits
-        self._index: dict[Labels, int] = {}
+        self._index: dict[tuple[Labels, bool], int] = {}
         self._metrics: dict[str, Metric] = {}
         self._claims: set[Claim] = set()
         self._rejected: Counter[Reason] = Counter()
@@ -71,18 +107,20 @@ class _Walk:
         self._times: list[int] = []
         self._values: list[float] = []
         self._ordinals: list[int] = []
-        self._ordinal = 0
+        self._parts: list[int] = []
         self._points = 0
 
     def decoded(self) -> Decoded:
+        deltas = tuple(place for place, (_, is_delta) in enumerate(self._index) if is_delta)
         return Decoded(
-            SeriesLayout(tuple(self._index), tuple(self._metrics.values())),
+            SeriesLayout(tuple(labels for labels, _ in self._index), tuple(self._metrics.values()), deltas),
             np.array(self._series, np.int32),
             np.array(self._times, np.uint64),
             np.array(self._values, np.float64),
             frozenset(self._claims),
             dict(+self._rejected),
             np.array(self._ordinals, np.int32),
+            np.array(self._parts, np.int32),
         )
 
     def resource(self, resource_metrics: Any, *, is_agent: bool) -> None:
@@ -97,65 +135,144 @@ class _Walk:
             origin["node"] = facts.get("pgherd.node", "") if node_id else ""
         origin = {name: value for name, value in origin.items() if value}
         for scope_metrics in resource_metrics.scope_metrics:
-            is_ours = scope_metrics.scope.name == AGENT_SCOPE
+            from_scope = _Origin(origin, is_ours=scope_metrics.scope.name == AGENT_SCOPE)
             for metric in scope_metrics.metrics:
-                self._metric(metric, origin, is_ours=is_ours)
+                self._metric(metric, from_scope)
 
-    def _metric(self, metric: Any, origin: dict[str, str], *, is_ours: bool) -> None:
+    def _metric(self, metric: Any, origin: _Origin) -> None:
         field = metric.WhichOneof("data")
         if field is None:
             return
-        points = getattr(metric, field).data_points
-        self._points += len(points)
-        if self._points > self._limits.points_max:
-            raise PeerError("ingest.too_large", f"more than {self._limits.points_max} data points in one request")
-        if field not in ("gauge", "sum"):
-            self._rejected[Reason.KIND] += len(points)
-            return
-        first_ordinal, self._ordinal = self._ordinal, self._ordinal + len(points)
-        if field == "sum" and metric.sum.aggregation_temporality != _CUMULATIVE:
-            self._rejected[Reason.DELTA] += len(points)
-            return
-        is_counter = field == "sum" and metric.sum.is_monotonic
+        data = getattr(metric, field)
+        points = data.data_points
+        first_ordinal, self._points = self._points, self._points + len(points)
+        self._check_size(self._points)
+        is_counter = field == "sum" and data.is_monotonic
         name = (
-            metric.name if is_ours else metric_name(metric.name, metric.unit, is_counter=is_counter, is_gauge=field == "gauge")
+            metric.name
+            if origin.is_ours
+            else metric_name(metric.name, metric.unit, is_counter=is_counter, is_gauge=field == "gauge")
         )
-        if len(name) > self._limits.name_chars_max or METRIC_NAME_RE.fullmatch(name) is None:
-            self._rejected[Reason.NAME] += len(points)
+        temporality = getattr(data, "aggregation_temporality", _CUMULATIVE)
+        refusal = self._refusal(name, field, temporality, is_counter=is_counter)
+        if refusal is not None:
+            self._rejected[refusal] += len(points)
             return
+        family = _Family(name, metric.unit, temporality == _DELTA, origin)
         kept_before = len(self._series)
-        self._data_points(points, first_ordinal, {**origin, "__name__": name}, is_ours=is_ours)
+        take = {
+            "gauge": self._number, "sum": self._number, "histogram": self._histogram,
+            "exponential_histogram": self._exponential, "summary": self._summary,
+        }[field]  # fmt: skip
+        for ordinal, point in enumerate(points, first_ordinal):
+            self._refuse_or_take(take, family, ordinal, point)
         if len(self._series) > kept_before:
-            kind = MetricKind.COUNTER if is_counter else MetricKind.GAUGE
+            kind = MetricKind.COUNTER if is_counter else _KINDS.get(field, MetricKind.GAUGE)
             self._metrics[name] = Metric(name, kind, metric.description[: self._limits.label_value_chars_max], metric.unit[:64])
 
-    def _data_points(self, points: Sequence[Any], first_ordinal: int, origin: dict[str, str], *, is_ours: bool) -> None:
-        index, rejected = self._index, self._rejected
-        for ordinal, point in enumerate(points, first_ordinal):
-            if point.flags & _NO_RECORDED_VALUE:
-                value = STALE_NAN
-            elif point.HasField("as_double"):
-                value = point.as_double
-            elif point.HasField("as_int"):
-                value = float(point.as_int)
-            else:
-                rejected[Reason.NO_VALUE] += 1
-                continue
-            labels = self._labels(point.attributes, origin, is_ours=is_ours)
-            if labels is None:
-                rejected[Reason.LABELS] += 1
-                continue
-            self._series.append(index.setdefault(labels, len(index)))
-            self._times.append(point.time_unix_nano)
-            self._values.append(value)
-            self._ordinals.append(ordinal)
+    def _check_size(self, points: int) -> None:
+        if points > self._limits.points_max:
+            raise PeerError("ingest.too_large", f"more than {self._limits.points_max} data points or samples in one request")
 
-    def _labels(self, attributes: Iterable[Any], origin: dict[str, str], *, is_ours: bool) -> Labels | None:
+    def _refusal(self, name: str, field: str, temporality: int, *, is_counter: bool) -> Reason | None:
+        """Why none of a metric's points can be taken."""
+        if temporality not in (_DELTA, _CUMULATIVE):
+            return Reason.TEMPORALITY
+        if field == "sum" and temporality == _DELTA and not is_counter:
+            return Reason.DELTA
+        if len(name) + _LONGEST_SUFFIX > self._limits.name_chars_max or METRIC_NAME_RE.fullmatch(name) is None:
+            return Reason.NAME
+        return None
+
+    def _refuse_or_take(self, take: Any, family: _Family, ordinal: int, point: Any) -> None:
+        labels = self._labels(point.attributes, family.origin)
+        if labels is None:
+            self._rejected[Reason.LABELS] += 1
+            return
+        refusal = take(family, labels, ordinal, point)
+        if refusal is not None:
+            self._rejected[refusal] += 1
+
+    # --- one kind of point each: its samples, or why it can't be taken --------------------------
+
+    def _number(self, family: _Family, labels: dict[str, str], ordinal: int, point: Any) -> Reason | None:
+        if point.flags & _NO_RECORDED_VALUE:
+            value = STALE_NAN
+        elif point.HasField("as_double"):
+            value = point.as_double
+        elif point.HasField("as_int"):
+            value = float(point.as_int)
+        else:
+            return Reason.NO_VALUE
+        self._sample(family, labels, ordinal, point, 0, value)
+        return None
+
+    def _histogram(self, family: _Family, labels: dict[str, str], ordinal: int, point: Any) -> Reason | None:
+        bounds, counts = point.explicit_bounds, point.bucket_counts
+        fits = len(counts) == len(bounds) + 1 or not (counts or bounds)  # without buckets it has count and sum only
+        texts = bound_texts(tuple(bounds)) if fits and len(counts) <= self._limits.buckets_max else None
+        if texts is None:
+            return Reason.BUCKETS
+        self._classic(family, labels, ordinal, point, texts, running_counts(counts))
+        return None
+
+    def _exponential(self, family: _Family, labels: dict[str, str], ordinal: int, point: Any) -> Reason | None:
+        if not SCALE_MIN <= point.scale <= SCALE_MAX:
+            return Reason.BUCKETS
+        ladder = ladder_of(family.unit, is_ours=family.origin.is_ours)
+        self._classic(family, labels, ordinal, point, ladder.texts, ladder.read(point))
+        return None
+
+    def _classic(
+        self, family: _Family, labels: dict[str, str], ordinal: int, point: Any, bounds: Sequence[str], counts: Sequence[float]
+    ) -> None:
+        is_stale = bool(point.flags & _NO_RECORDED_VALUE)
+        for part, (bound, count) in enumerate(zip(bounds, counts, strict=True)):
+            self._sample(family, labels | {"le": bound}, ordinal, point, part, count, "_bucket", is_stale=is_stale)
+        count = float(point.count)
+        self._sample(family, labels | {"le": "+Inf"}, ordinal, point, COUNT_PART, count, "_bucket", is_stale=is_stale)
+        self._sample(family, labels, ordinal, point, COUNT_PART, count, "_count", is_stale=is_stale)
+        if point.HasField("sum"):
+            self._sample(family, labels, ordinal, point, SUM_PART, point.sum, "_sum", is_stale=is_stale)
+
+    def _summary(self, family: _Family, labels: dict[str, str], ordinal: int, point: Any) -> Reason | None:
+        if len(point.quantile_values) > self._limits.buckets_max:
+            return Reason.BUCKETS
+        is_stale = bool(point.flags & _NO_RECORDED_VALUE)
+        for part, quantile in enumerate(point.quantile_values):
+            with_quantile = labels | {"quantile": bound_text(quantile.quantile)}
+            self._sample(family, with_quantile, ordinal, point, part, quantile.value, is_stale=is_stale)
+        self._sample(family, labels, ordinal, point, COUNT_PART, float(point.count), "_count", is_stale=is_stale)
+        self._sample(family, labels, ordinal, point, SUM_PART, point.sum, "_sum", is_stale=is_stale)
+        return None
+
+    def _sample(
+        self,
+        family: _Family,
+        labels: Mapping[str, str],
+        ordinal: int,
+        point: Any,
+        part: int,
+        value: float,
+        suffix: str = "",
+        *,
+        is_stale: bool = False,
+    ) -> None:
+        key = tuple(sorted({**labels, NAME_LABEL: family.name + suffix}.items())), family.is_delta
+        self._series.append(self._index.setdefault(key, len(self._index)))
+        self._check_size(len(self._series))
+        self._times.append(point.time_unix_nano)
+        self._values.append(STALE_NAN if is_stale else value)
+        self._ordinals.append(ordinal)
+        self._parts.append(part)
+
+    def _labels(self, attributes: Iterable[Any], origin: _Origin) -> dict[str, str] | None:
+        """A point's labels without its name; None when they can't be taken."""
         limits = self._limits
         labels: dict[str, str] = {}
-        for attribute in attributes if is_ours else sorted(attributes, key=lambda attribute: attribute.key):
+        for attribute in attributes if origin.is_ours else sorted(attributes, key=lambda attribute: attribute.key):
             name, value = attribute.key, _text(attribute.value)
-            if not is_ours:
+            if not origin.is_ours:
                 name = label_name(name)
             if name in RESERVED_LABELS:
                 name = f"exported_{name}"
@@ -167,10 +284,8 @@ class _Walk:
                 value = f"{labels[name]};{value}"
             if value:
                 labels[name] = value
-        labels.update(origin)
-        if len(labels) > limits.labels_max:
-            return None
-        return tuple(sorted(labels.items()))
+        labels.update(origin.labels)
+        return labels if len(labels) + 2 <= limits.labels_max else None  # its name, and perhaps `le`
 
 
 def _text(value: Any) -> str:

@@ -18,12 +18,24 @@ from typing import Any, Protocol
 
 import grpc
 import grpc.aio
+import numpy as np
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
+from numpy.typing import NDArray
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
 
-from pgherd.collector.ingest.admit import AGENT_KIND, AdmitLimits, Owns, Peer, Reason, admit_times, check_claims, describe
+from pgherd.collector.ingest.admit import (
+    AGENT_KIND,
+    AdmitLimits,
+    Owns,
+    Peer,
+    Reason,
+    admit_times,
+    check_claims,
+    describe,
+    points_among,
+)
 from pgherd.collector.ingest.otlp import Decoded
 from pgherd.collector.ingest.shape import ShapeCache
 from pgherd.proto.clock import Clock
@@ -68,6 +80,7 @@ class IngestCounters:
     points_rejected: Counter[Reason] = field(default_factory=Counter)
     requests_repeated: int = 0
     gaps: int = 0
+    deltas_repeated: int = 0
     requests_refused: Counter[str] = field(default_factory=Counter)  # by error code
     in_flight: int = 0  # a gauge
 
@@ -122,17 +135,18 @@ class MetricsService:
             raise TransientError("ingest.overloaded", "too many requests in flight", in_flight=self.counters.in_flight)
         shipment = shipment_of(peer, context.invocation_metadata())
         loop = asyncio.get_running_loop()
-        batch, rejected = await loop.run_in_executor(self._decoders, self._admit, body, peer, shipment)
-        receipt = await self._durable(batch)
-        if receipt.points_refused:
-            rejected[Reason.SERIES_MAX] += receipt.points_refused
+        taken = await loop.run_in_executor(self._decoders, self._admit, body, peer, shipment)
+        receipt = await self._durable(taken.batch)
+        rejected = taken.rejected
+        if receipt.refused is not None:
+            rejected[Reason.SERIES_MAX] += points_among(taken.ordinals[receipt.refused])
         self._count(receipt, rejected)
-        return answer(rejected)
+        return answer(rejected, receipt.deltas_repeated)
 
-    def _admit(self, body: bytes, peer: Peer, shipment: Shipment | None) -> tuple[Batch, Counter[Reason]]:
+    def _admit(self, body: bytes, peer: Peer, shipment: Shipment | None) -> Admitted:
         decoded = self.shapes.decode(body, peer)
         check_claims(peer, decoded.claims, self._owns)
-        return batch_of(decoded, shipment, self._clock.wall_unix_ns(), self._settings.limits)
+        return admitted(decoded, shipment, self._clock.wall_unix_ns(), self._settings.limits)
 
     async def _durable(self, batch: Batch) -> Receipt:
         if not batch.points and batch.shipment is None:
@@ -154,6 +168,7 @@ class MetricsService:
         self.counters.points_accepted += receipt.stored_points
         self.counters.points_rejected.update(rejected)
         self.counters.gaps += receipt.gap
+        self.counters.deltas_repeated += receipt.deltas_repeated
 
     async def _abort(self, context: grpc.aio.ServicerContext[bytes, bytes], error: PgherdError) -> None:
         code = getattr(grpc.StatusCode, error.info.grpc_status)
@@ -187,24 +202,35 @@ def shipment_of(peer: Peer, metadata: Any) -> Shipment | None:
         ) from error
 
 
-def batch_of(
-    decoded: Decoded, shipment: Shipment | None, now_unix_ns: int, limits: AdmitLimits
-) -> tuple[Batch, Counter[Reason]]:
-    """The admitted points as the store takes them, and what was rejected."""
-    kept, rejected = admit_times(decoded.times_ns, now_unix_ns, limits)
+@dataclass(frozen=True, slots=True, eq=False)
+class Admitted:
+    """The samples as the store takes them, the data point each is from, and what was rejected."""
+
+    batch: Batch
+    ordinals: NDArray[np.int32]
+    rejected: Counter[Reason]
+
+
+def admitted(decoded: Decoded, shipment: Shipment | None, now_unix_ns: int, limits: AdmitLimits) -> Admitted:
+    """What of a decoded request goes to the store."""
+    kept, rejected = admit_times(decoded.times_ns, decoded.ordinals, now_unix_ns, limits)
     rejected.update(decoded.rejected)
-    series, times, values = decoded.series, decoded.times_ns, decoded.values
+    series, times, values, ordinals = decoded.series, decoded.times_ns, decoded.values, decoded.ordinals
     if kept is not None:
-        series, times, values = series[kept], times[kept], values[kept]
-    return Batch(decoded.layout, series, (times // 1_000_000).astype("int64"), values, shipment), rejected
+        series, times, values, ordinals = series[kept], times[kept], values[kept], ordinals[kept]
+    batch = Batch(decoded.layout, series, (times // 1_000_000).astype("int64"), values, shipment)
+    return Admitted(batch, ordinals, rejected)
 
 
-def answer(rejected: Counter[Reason]) -> bytes:
-    """The encoded response: empty, or partial success."""
+def answer(rejected: Counter[Reason], deltas_repeated: int = 0) -> bytes:
+    """The encoded response: empty, or partial success; a repeated increase is only worth a warning."""
     response = ExportMetricsServiceResponse()
-    if total := rejected.total():
-        response.partial_success.rejected_data_points = total
-        response.partial_success.error_message = describe(rejected)
+    words = [describe(rejected)] if rejected.total() else []
+    if deltas_repeated:
+        words.append(f"{deltas_repeated} increases no later than what was stored, taken for repeats")
+    if words:
+        response.partial_success.rejected_data_points = rejected.total()
+        response.partial_success.error_message = "; ".join(words)
     encoded: bytes = response.SerializeToString()
     return encoded
 

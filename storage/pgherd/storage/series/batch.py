@@ -38,6 +38,7 @@ class SeriesLayout:
 
     labels: tuple[Labels, ...]
     metrics: tuple[Metric, ...] = ()
+    deltas: tuple[int, ...] = ()  # places in `labels` whose values are increases, to be added up by the store
     size_bytes: int = 0  # filled from the labels
 
     def __post_init__(self) -> None:
@@ -70,7 +71,8 @@ class Batch:
     """Points in columns: `series[i]` (an index into `layout.labels`) had `values[i]` at `times_ms[i]`.
 
     int32, int64 (milliseconds since the epoch) and float64 whose NaN payload bits are kept. Without a
-    shipment (foreign OTLP clients) it is stored as often as it is sent; readers see one value per time.
+    shipment (foreign OTLP clients) it is stored as often as it is sent; readers see one value per time, and an
+    increase counts once because its time tells a repeat.
     An empty batch with a shipment still moves the high-water mark.
     """
 
@@ -99,13 +101,15 @@ class Batch:
         return self.points * _POINT_BYTES + self.layout.size_bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Receipt:
-    """The store's answer once the batch is durable."""
+    """The store's answer once the batch is durable: points = stored + refused + deltas_repeated, unless repeated."""
 
     stored_points: int
     series_refused: int = 0  # distinct new series over series_max, their points not stored
     points_refused: int = 0
+    refused: NDArray[np.bool_] | None = None  # which of the batch's points those are
+    deltas_repeated: int = 0  # increases no later than what their series had: taken for repeats, not added again
     repeated: bool = False  # the sequence had been stored before; nothing was stored now
     gap: int = 0  # sequences that were skipped just before this one
 

@@ -6,7 +6,7 @@ A mirror of committed rows only; after any doubt it is thrown away and loaded ag
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from weakref import WeakKeyDictionary
 
 import duckdb
@@ -16,7 +16,13 @@ from numpy.typing import NDArray
 from pgherd.proto.samples import Metric, MetricKind
 from pgherd.storage.series.batch import Labels, SeriesLayout, ShipmentState
 from pgherd.storage.series.index import SeriesIndex
-from pgherd.storage.series.plan import CommitPlan, Known
+from pgherd.storage.series.plan import CommitPlan, Known, Total
+
+# A marker's NaN isn't a total; one that is stored last says only that the series paused.
+_LAST_TOTALS = """
+    SELECT series_id, arg_max(value, ts_ms), max(ts_ms) FROM samples
+    WHERE ts_ms >= ? AND NOT isnan(value) AND series_id IN (SELECT unnest(?::INTEGER[])) GROUP BY 1
+"""
 
 
 class Catalog:
@@ -26,12 +32,15 @@ class Catalog:
         self.index = SeriesIndex()
         self.shipments: Mapping[tuple[str, str], ShipmentState] = {}
         self.metrics: Mapping[str, Metric] = {}
+        self._totals: dict[int, Total] = {}  # of series that are sent as increases: what the last sample on disk says
+        self._connection: duckdb.DuckDBPyConnection | None = None
         self._layout_ids: WeakKeyDictionary[SeriesLayout, NDArray[np.int32]] = WeakKeyDictionary()
 
     @classmethod
     def load(cls, connection: duckdb.DuckDBPyConnection) -> Catalog:
         """Read everything back; raises duckdb.Error."""
         catalog = cls()
+        catalog._connection = connection
         rows = connection.execute("SELECT id, labels FROM series ORDER BY id").fetchall()
         catalog.index.add((series_id, labels_from_json(text)) for series_id, text in rows)
         ranges = connection.execute("SELECT series_id, min(ts_ms) lo, max(ts_ms) hi FROM samples GROUP BY 1").fetchnumpy()
@@ -46,13 +55,33 @@ class Catalog:
 
     def known(self) -> Known:
         """The planner's view."""
-        return Known(self.index.id_of, self._layout_ids.get, self.shipments, self.metrics, self.index.next_id, len(self.index))
+        return Known(
+            self.index.id_of, self._layout_ids.get, self.shipments, self.metrics, self.index.next_id, len(self.index),
+            self.totals_of,
+        )  # fmt: skip
+
+    def totals_of(self, ids: Collection[int]) -> Mapping[int, Total]:
+        """Running totals of those series of increases that have samples. Raises duckdb.Error.
+
+        After a start they are read from the samples themselves, which were committed together with what they count:
+        a collector's restart neither loses nor repeats an increase, and looks like no reset.
+        """
+        unknown = self.index.known(series_id for series_id in ids if series_id not in self._totals)
+        # Nearly all of them are found near their last sample; where that is a marker, further back.
+        for since_ms in (self.index.last_ms(unknown), 0):
+            if self._connection is None or not unknown:
+                break
+            rows = self._connection.execute(_LAST_TOTALS, [since_ms, unknown]).fetchall()
+            self._totals |= {series_id: Total(value, time_ms) for series_id, value, time_ms in rows}
+            unknown = [series_id for series_id in unknown if series_id not in self._totals]
+        return {series_id: self._totals[series_id] for series_id in ids if series_id in self._totals}
 
     def apply(self, plan: CommitPlan) -> None:
         """Take over what was just committed."""
         self.index.add(plan.new_series)
         self.index.touch(plan.series_ids, plan.times_ms)
         self._layout_ids.update(plan.resolved)
+        self._totals |= plan.totals
         if plan.shipments:
             self.shipments = {**self.shipments, **{(row.agent_id, row.incarnation): row for row in plan.shipments}}
         if plan.metrics:
@@ -62,6 +91,8 @@ class Catalog:
         """Series whose samples and rows were just deleted."""
         self._layout_ids.clear()
         self.index.remove(ids)
+        for series_id in ids:
+            self._totals.pop(series_id, None)
 
     def forget_shipments(self, before_unix_ms: int) -> None:
         """Incarnations whose rows were just deleted."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,6 +93,16 @@ class SeriesIndex:
                 del self._pairs[name, value]
                 if not self._postings[name]:
                     del self._postings[name]
+
+    def known(self, ids: Iterable[int]) -> list[int]:
+        """Those of `ids` that exist."""
+        with self._lock:
+            return [i for i in ids if i in self._labels_of]
+
+    def last_ms(self, ids: Collection[int]) -> int:
+        """The earliest of these series' last samples; 0 for none."""
+        with self._lock:
+            return max(0, min((int(self._last_ms[i]) for i in ids), default=0))
 
     def expired(self, before_ms: int) -> list[int]:
         """Series whose last known sample is older than `before_ms`, or that have none."""

@@ -4,19 +4,20 @@ Never broken:
 - of an (agent, incarnation) each sequence is stored at most once, in whatever order batches arrive;
 - the high-water mark never goes back, and gaps + distinct stored sequences = high-water mark;
 - a receipt's stored points are exactly the rows of its batch in the plan;
+- an increase (delta) is added to its series' running total once: only one that is later than the last counts;
 - no more than `series_max` series exist after the plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pgherd.proto.samples import Metric
+from pgherd.proto.samples import STALE_NAN_BITS, Metric
 from pgherd.storage.series.batch import Batch, Labels, Receipt, SeriesLayout, ShipmentState
 
 _REFUSED = -1
@@ -27,7 +28,8 @@ _T = TypeVar("_T", bound=np.generic)
 class CommitPlan:
     """One transaction: new rows, the samples' columns, moved high-water marks, and the answers.
 
-    `resolved` are layouts whose every series has an id: valid once the transaction is committed.
+    `resolved` are layouts whose every series has an id, `totals` the running totals that moved: valid once the
+    transaction is committed.
     """
 
     new_series: tuple[tuple[int, Labels], ...]
@@ -38,6 +40,17 @@ class CommitPlan:
     shipments: tuple[ShipmentState, ...]
     receipts: tuple[Receipt, ...]
     resolved: Mapping[SeriesLayout, NDArray[np.int32]]
+    totals: Mapping[int, Total]
+
+
+class Total(NamedTuple):
+    """What a series of increases has come to, and when it last grew."""
+
+    value: float
+    time_ms: int
+
+
+_NOTHING = Total(0.0, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +63,7 @@ class Known:
     metrics: Mapping[str, Metric]
     next_series_id: int
     series_count: int
+    totals_of: Callable[[Collection[int]], Mapping[int, Total]]  # of those ids that have one; may ask the disk
 
 
 def plan_commit(batches: Sequence[Batch], known: Known, *, series_max: int, now_unix_ms: int) -> CommitPlan:
@@ -65,6 +79,7 @@ def plan_commit(batches: Sequence[Batch], known: Known, *, series_max: int, now_
         shipments=tuple(draft.shipments.values()),
         receipts=receipts,
         resolved=draft.resolved,
+        totals=draft.totals,
     )
 
 
@@ -77,6 +92,7 @@ class _Draft:
         self.new_metrics: dict[str, Metric] = {}
         self.shipments: dict[tuple[str, str], ShipmentState] = {}
         self.resolved: dict[SeriesLayout, NDArray[np.int32]] = {}
+        self.totals: dict[int, Total] = {}
         self.ids: list[NDArray[np.int32]] = []
         self.times: list[NDArray[np.int64]] = []
         self.values: list[NDArray[np.float64]] = []
@@ -90,33 +106,56 @@ class _Draft:
             if batch.shipment.sequence <= high_water:
                 return Receipt(stored_points=0, repeated=True)
             gap = batch.shipment.sequence - high_water - 1
-        stored, series_refused = self._add_points(batch)
+        receipt = self._add_points(batch, gap)
         if batch.shipment is not None:
             self.shipments[batch.shipment.key] = ShipmentState(
                 batch.shipment.agent_id,
                 batch.shipment.incarnation,
                 batch.shipment.sequence,
                 (before.gaps if before else 0) + gap,
-                (before.stored_points if before else 0) + stored,
+                (before.stored_points if before else 0) + receipt.stored_points,
                 self._now_unix_ms,
             )
-        return Receipt(stored, series_refused, batch.points - stored, gap=gap)
+        return receipt
 
-    def _add_points(self, batch: Batch) -> tuple[int, int]:
+    def _add_points(self, batch: Batch, gap: int) -> Receipt:
         layout_ids = self._resolve(batch.layout)
-        ids = layout_ids[batch.series]
-        refused = int(np.count_nonzero(layout_ids == _REFUSED))
-        if refused:
-            kept = ids != _REFUSED
-            self._extend(ids[kept], batch.times_ms[kept], batch.values[kept])
-            return int(np.count_nonzero(kept)), refused
-        self._extend(ids, batch.times_ms, batch.values)
-        return len(ids), 0
-
-    def _extend(self, ids: NDArray[np.int32], times: NDArray[np.int64], values: NDArray[np.float64]) -> None:
+        ids, times, values = layout_ids[batch.series], batch.times_ms, batch.values
+        series_refused = int(np.count_nonzero(layout_ids == _REFUSED))
+        refused = ids == _REFUSED if series_refused else None
+        kept = ~refused if refused is not None else None
+        deltas_repeated = 0
+        if batch.layout.deltas:
+            values, is_new = self._add_up(batch, ids)
+            kept = is_new if kept is None else kept & is_new
+            deltas_repeated = len(is_new) - int(np.count_nonzero(is_new))
+        if kept is not None:
+            ids, times, values = ids[kept], times[kept], values[kept]
         self.ids.append(ids)
         self.times.append(times)
         self.values.append(values)
+        points_refused = int(np.count_nonzero(refused)) if refused is not None else 0
+        return Receipt(len(ids), series_refused, points_refused, refused, deltas_repeated, gap=gap)
+
+    def _add_up(self, batch: Batch, ids: NDArray[np.int32]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """The batch's values with its increases turned into running totals, and which points aren't repeats of any."""
+        is_delta = np.zeros(len(batch.layout.labels), np.bool_)
+        is_delta[list(batch.layout.deltas)] = True
+        places = np.flatnonzero(is_delta[batch.series] & (ids != _REFUSED))
+        places = places[np.argsort(batch.times_ms[places], kind="stable")]
+        unasked = {int(series_id) for series_id in np.unique(ids[places])} - self.totals.keys()
+        known = self._known.totals_of(unasked)
+        is_marker = batch.values.view(np.uint64) == STALE_NAN_BITS  # stored as it is; the total goes on after it
+        values, is_new = batch.values.copy(), np.ones(len(ids), np.bool_)
+        for place in places.tolist():
+            series_id, time_ms = int(ids[place]), int(batch.times_ms[place])
+            total = self.totals.get(series_id) or known.get(series_id, _NOTHING)
+            if time_ms <= total.time_ms:
+                is_new[place] = False
+            elif not is_marker[place]:
+                self.totals[series_id] = Total(total.value + float(values[place]), time_ms)
+                values[place] = self.totals[series_id].value
+        return values, is_new
 
     def _resolve(self, layout: SeriesLayout) -> NDArray[np.int32]:
         ids = self.resolved.get(layout)
