@@ -115,7 +115,7 @@ def requests(draw: st.DrawFn) -> bytes:
                     for _ in range(draw(st.integers(0, 3))):
                         fill_histogram(draw, metric.histogram.data_points.add())
                 elif kind == "exponential" and draw(st.integers(0, 3)) == 0:
-                    metric.exponential_histogram.aggregation_temporality = 2
+                    metric.exponential_histogram.aggregation_temporality = draw(TEMPORALITY)
                     metric.exponential_histogram.data_points.add(count=1, scale=draw(st.integers(-11, 21)), time_unix_nano=5)
                 elif kind == "summary" and draw(st.integers(0, 3)) == 0:
                     metric.summary.data_points.add(count=1, time_unix_nano=5).quantile_values.add(quantile=0.5, value=2.0)
