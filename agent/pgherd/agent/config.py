@@ -39,9 +39,12 @@ class NodeConfig:
 
 @dataclass(frozen=True, slots=True)
 class SamplingConfig:
-    """How the sampler asks the server."""
+    """How the sampler asks the server: four tiers, each as rarely as its facts change and its questions cost."""
 
-    interval: Duration = 10.0
+    live_interval: Duration = 1.0  # WAL positions, receiver, waiters
+    interval: Duration = 10.0  # counters, activity, replication
+    slow_interval: Duration = 60.0  # settings, pg_wal, locks by mode, checkpoints and I/O
+    rare_interval: Duration = 300.0  # sizes and what walks over databases; 5 to 15 minutes
     statement_timeout: Duration = 2.0
     lock_timeout: Duration = 0.5
     connect_timeout: Duration = 5.0

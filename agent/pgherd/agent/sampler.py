@@ -1,9 +1,10 @@
-"""One node's sampling cycle: ask, convert, spool; and the loop that repeats it.
+"""One node's sampling: ask what is due, convert, spool; and the loop that repeats it.
 
-A cycle always produces a batch, whatever the server does: `pg_up` and the agent's own figures are known
-even when PostgreSQL is not. What can't be read is absent, carries a NO_RECORDED_VALUE point once, and is
-named by `pgherd_probe_unknown{probe,reason}`. All points of a cycle have one timestamp, taken before the
-first question.
+A tick is one pipeline over the node's connection and one batch with one timestamp, taken before the first
+question. It asks the probes that are due: the live tier at every tick, the others at their own pace. A tick always
+produces a batch, whatever the server does: `pg_up` and the agent's own figures are known even when PostgreSQL is not.
+What can't be read is absent, carries a NO_RECORDED_VALUE point once, and is named by
+`pgherd_probe_unknown{probe,reason}`.
 """
 
 from __future__ import annotations
@@ -19,22 +20,30 @@ from typing import Final
 from pgherd.agent.config import NodeConfig, SamplingConfig
 from pgherd.agent.node import Condition, NodeStatus, Role
 from pgherd.agent.probes.catalog import Catalog, Probe
-from pgherd.agent.probes.connection import NodeConnection, Rows, instance_label
+from pgherd.agent.probes.connection import Answer, NodeConnection, instance_label
 from pgherd.agent.probes.disk import DiskProbe
 from pgherd.agent.probes.host import HostProbe
 from pgherd.agent.probes.local import LocalProbe
 from pgherd.agent.probes.own import OwnFigures
+from pgherd.agent.probes.pipeline import Question
 from pgherd.agent.probes.places import PLACES_SQL
+from pgherd.agent.probes.rhythm import Rhythm
 from pgherd.agent.probes.rows import samples_of, unknown_reason
-from pgherd.agent.telemetry.convert import Series, Source, encode, series_of, vanished
+from pgherd.agent.telemetry.convert import Source
+from pgherd.agent.telemetry.emit import Emitter
 from pgherd.agent.telemetry.spool import Spool
 from pgherd.proto.clock import Clock
 from pgherd.proto.errors import PgherdError
 from pgherd.proto.samples import Metric, MetricKind, Sample
 from pgherd.runtime.logging import get_logger
 
-_SLOW_TIER_S: Final = 60.0
 _BUDGET_SHARE: Final = 0.8  # of the interval: a slow server costs probes, not the rhythm
+
+# Sources of samples that aren't probes (see telemetry/emit.py).
+_NODE: Final = "node"  # whether the server answers: every tick
+_AGENT: Final = "agent"  # the agent's own figures: every cycle, and not about the server
+_HOST: Final = "host"  # volumes and machine: every cycle, and not about the server
+_PLACES: Final = "places"
 
 _GAUGE, _COUNTER = MetricKind.GAUGE, MetricKind.COUNTER
 UP: Final = Metric("pg_up", _GAUGE, "Whether the last sampling could connect to the server")
@@ -45,15 +54,16 @@ SCRAPE_ERROR: Final = Metric("pg_exporter_last_scrape_error", _GAUGE, "Whether t
 PROBE_DURATION: Final = Metric("pgherd_probe_duration_seconds", _GAUGE, "Duration of the probe's last answer", "s")
 PROBE_ERRORS: Final = Metric("pgherd_probe_errors_total", _COUNTER, "Failed probes since the agent's start, by code")
 PROBE_UNKNOWN: Final = Metric("pgherd_probe_unknown", _GAUGE, "1 while a probe can't know a value, with the reason")
-SKIPPED: Final = Metric(
-    "pgherd_sampling_cycles_skipped_total", _COUNTER, "Cycles left out because the one before took too long"
-)
+SKIPPED: Final = Metric("pgherd_sampling_cycles_skipped_total", _COUNTER, "Ticks left out because the one before took too long")
 ATTEMPTS: Final = Metric("pgherd_connection_attempts_total", _COUNTER, "Connections that the sampler tried to open")
 
 _IDENTITY_SQL: Final = """
-SELECT pg_is_in_recovery() AS standby, current_setting('server_version_num')::int AS version,
+SELECT current_setting('server_version_num')::int AS version,
        (SELECT system_identifier::text FROM pg_control_system()) AS system_identifier
 """
+# A role's idle_session_timeout (14+) would cut our connection between any two ticks.
+_IDLE_SQL: Final = "SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'idle_session_timeout' AND setting <> '0'"
+_ROLE: Final = Question("SELECT pg_is_in_recovery() AS standby")
 
 _CONDITION_OF_CODE: Final[dict[str, Condition]] = {
     "postgres.unreachable": "down",
@@ -68,17 +78,20 @@ _log = get_logger(__name__)
 
 
 @dataclass(slots=True)
-class _Cycle:
-    """What one cycle has gathered so far."""
+class _Tick:
+    """What one tick has gathered so far, by source."""
 
-    samples: list[Sample] = field(default_factory=list)
-    unknown: dict[tuple[str, str], None] = field(default_factory=dict)  # (probe, reason), ordered
+    started_mono_s: float
+    stated: dict[str, list[Sample]] = field(default_factory=dict)
     failed: bool = False
+
+    def unknown(self, probe: str, reason: str) -> None:
+        self.stated.setdefault(probe, []).append(Sample(PROBE_UNKNOWN, {"probe": probe, "reason": reason}, 1.0))
 
 
 @dataclass(frozen=True, slots=True)
-class CycleReport:
-    """How a cycle went: for status files, tests and the bench."""
+class TickReport:
+    """How a tick went: for tests and the bench."""
 
     unix_ns: int
     duration_s: float
@@ -88,7 +101,10 @@ class CycleReport:
 
 
 class NodeSampler:
-    """Samples one node into the spool. `run` it as a task; read `status` at any time."""
+    """Samples one node into the spool. `run` it as a task; read `status` at any time.
+
+    `connection` and `emitter` are the node's only ones; its other samplers use them too.
+    """
 
     def __init__(
         self,
@@ -109,17 +125,23 @@ class NodeSampler:
         self._catalog = catalog
         self._spool = spool
         self._clock = clock
-        self._on_spooled = on_spooled
         self._local = LocalProbe(node, disk or DiskProbe(sampling.answer_timeout), host or HostProbe(clock))
         self._located_mono_s = float("-inf")
         self._own = OwnFigures()
-        self._connection = NodeConnection(node, sampling, clock)
         instance = instance_label(node, socket.gethostname(), os.environ)
-        self._source = Source(agent_id, node_id, node.alias, node.cluster, instance)
+        self.connection = NodeConnection(node, sampling, clock)
+        self.emitter = Emitter(Source(agent_id, node_id, node.alias, node.cluster, instance), spool, on_spooled)
         self.status = NodeStatus(node_id, node.alias, node.cluster, instance)
-        self._alive: Series = {}  # what has a value now, asked in this cycle or, in the slow tier, lately
-        self._slow: dict[str, list[Sample]] = {}  # the slow tier's last answers
-        self._slow_due_mono_s: dict[str, float] = {}
+        self._tick_s = min(sampling.live_interval, sampling.interval)
+        self._rhythm = Rhythm(
+            {
+                "live": self._tick_s,
+                "cycle": sampling.interval,
+                "slow": max(sampling.slow_interval, sampling.interval),
+                "rare": max(sampling.rare_interval, sampling.slow_interval),
+            }
+        )
+        self._cycle_due_mono_s = clock.mono_s()
         self._errors: dict[tuple[str, str], int] = {}
         self._skipped = 0
         self._started_unix_ns = clock.wall_unix_ns()
@@ -127,21 +149,20 @@ class NodeSampler:
     # ---- the loop
 
     async def run(self) -> None:
-        """Sample every interval until cancelled. Ends only by cancellation; an unforeseen error costs one cycle."""
-        interval_s = self._sampling.interval
+        """Tick until cancelled. Ends only by cancellation; an unforeseen error costs one tick."""
         due_mono_s = self._clock.mono_s()
         try:
             while True:
                 try:
-                    await self.cycle()
-                except Exception:  # noqa: BLE001 - the loop's guard: sampling goes on whatever one cycle met
-                    _log.exception("sampling.cycle_failed", node=self._node.alias)
-                due_mono_s += interval_s
+                    await self.tick()
+                except Exception:  # noqa: BLE001 - the loop's guard: sampling goes on whatever one tick met
+                    _log.exception("sampling.tick_failed", node=self._node.alias)
+                due_mono_s += self._tick_s
                 late_s = self._clock.mono_s() - due_mono_s
                 if late_s > 0:
-                    missed = int(late_s // interval_s) + 1
+                    missed = int(late_s // self._tick_s) + 1
                     self._skipped += missed
-                    due_mono_s += missed * interval_s
+                    due_mono_s += missed * self._tick_s
                 await asyncio.sleep(max(0.0, due_mono_s - self._clock.mono_s()))
         finally:
             await self.close()
@@ -149,148 +170,165 @@ class NodeSampler:
     async def close(self) -> None:
         """End the connection."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._connection.close(), 5.0)
+            await asyncio.wait_for(self.connection.close(), 5.0)
 
-    async def cycle(self) -> CycleReport:
-        """One cycle: sample, encode, spool."""
-        unix_ns, started_mono_s = self._clock.wall_unix_ns(), self._clock.mono_s()
-        cycle = _Cycle()
-        condition = await self._ask(cycle, started_mono_s)
-        await self._ask_host(cycle)
-        duration_s = self._clock.mono_s() - started_mono_s
+    async def cycle(self) -> TickReport:
+        """A tick in which the cycle is due now; slow and rare probes keep their own pace."""
+        self._cycle_due_mono_s = self._clock.mono_s()
+        self._rhythm.hasten(("live", "cycle"))
+        return await self.tick()
+
+    async def tick(self) -> TickReport:
+        """Ask what is due, encode, spool."""
+        unix_ns, now_mono_s = self._clock.wall_unix_ns(), self._clock.mono_s()
+        tick = _Tick(now_mono_s)
+        cycle_due = now_mono_s >= self._cycle_due_mono_s - self._tick_s / 2
+        condition = await self._ask(tick)
+        if cycle_due:
+            await self._ask_host(tick)
+        if condition != "up":
+            for source in self.emitter.about_server():
+                tick.stated.setdefault(source, [])
+            self._forget()
         if condition != self.status.condition:
             _log.info("node.condition_changed", node=self._node.alias, condition=condition, before=self.status.condition)
         role: Role = self.status.role if condition == "up" else "unknown"
         self.status = replace(self.status, condition=condition, role=role, observed_unix_ns=unix_ns)
-        cycle.samples += self._own_samples(cycle, condition, duration_s)
-        current = series_of(cycle.samples)
-        alive = current | series_of(sample for samples in self._slow.values() for sample in samples)
-        stale = vanished(self._alive, alive)
-        payload = encode(self._source, current, stale, unix_ns)
-        points = len(current) + len(stale)
-        spooled = await asyncio.to_thread(self._spool.append, payload, points)
-        self._alive = alive
-        self._on_spooled()
-        return CycleReport(unix_ns, duration_s, points, condition, spooled)
+        duration_s = self._clock.mono_s() - now_mono_s
+        tick.stated[_NODE] = [*tick.stated.get(_NODE, []), *self._node_samples(condition)]
+        if cycle_due:
+            self._cycle_due_mono_s = max(self._cycle_due_mono_s, now_mono_s - self._tick_s) + self._sampling.interval
+            tick.stated[_AGENT] = self._own_samples(tick, duration_s)
+        emitted = await self.emitter.emit(tick.stated, unix_ns)
+        return TickReport(unix_ns, duration_s, emitted.points, condition, emitted.spooled)
 
     # ---- asking
 
-    async def _ask(self, cycle: _Cycle, started_mono_s: float) -> Condition:
+    async def _ask(self, tick: _Tick) -> Condition:
+        """Ask the server what is due; the node's condition."""
         try:
-            identity = await self._identify()
+            await self._connect()
+            asked = await self._round(tick, retry=True)
+            if asked is None:  # another role than a moment ago: all of it anew
+                self._forget()
+                tick.stated.clear()
+                await self._round(tick, retry=False)
+            await self._locate(tick)
         except PgherdError as error:
-            self._failed(cycle, "connection", error)
-            self._forget_slow()
+            self._failed(tick, "connection", error, source=_NODE)
             return _CONDITION_OF_CODE.get(error.code, "unknown")
-        row = identity[0]
-        version = int(row["version"])
-        role: Role = "standby" if row["standby"] else "primary"
-        if (version, role) != (self.status.server_version_num, self.status.role):
-            self._forget_slow()  # another server answers there, or the same in another role
-        self.status = replace(
-            self.status, server_version_num=version, role=role, system_identifier=str(row["system_identifier"] or "")
-        )
-        deadline_mono_s = started_mono_s + _BUDGET_SHARE * max(self._sampling.interval, self._sampling.statement_timeout)
-        for probe in self._catalog.for_major(version // 10000):
-            lost = await self._probe(cycle, probe, deadline_mono_s)
-            if lost is not None:
-                self._forget_slow()
-                return lost
-        await self._locate(cycle)
         return "up"
 
-    async def _identify(self) -> Rows:
-        """Who answers there now. A connection that died since the last cycle is replaced once."""
-        fresh = await self._connection.open()
-        try:
-            if fresh:
-                await self._forbid_idle_timeout()
-            return await self._connection.fetch(_IDENTITY_SQL)
-        except PgherdError as error:
-            if fresh or error.code != "postgres.unreachable":
-                raise
-        await self._connection.open()
-        return await self._connection.fetch(_IDENTITY_SQL)
-
-    async def _forbid_idle_timeout(self) -> None:
-        """A role's idle_session_timeout (14+) would cut our connection between any two cycles."""
-        await self._connection.fetch(
-            "SELECT set_config(name, '0', false) FROM pg_settings WHERE name = 'idle_session_timeout' AND setting <> '0'"
-        )
-
-    async def _probe(self, cycle: _Cycle, probe: Probe, deadline_mono_s: float) -> Condition | None:
-        """Ask one probe; the node's condition when the connection is gone and asking on is pointless."""
-        now_mono_s = self._clock.mono_s()
-        if probe.tier == "slow" and now_mono_s < self._slow_due_mono_s.get(probe.name, 0.0):
-            return None
-        if now_mono_s > deadline_mono_s:
-            cycle.unknown[probe.name, "cycle_budget"] = None
-            return None
-        try:
-            rows = await self._connection.fetch(probe.sql)
-            samples = samples_of(probe, rows)
-            reason = unknown_reason(probe, rows)
-        except PgherdError as error:
-            self._slow.pop(probe.name, None)
-            self._failed(cycle, probe.name, error)
-            return None if self._connection.connected else _CONDITION_OF_CODE.get(error.code, "down")
-        if reason:
-            cycle.unknown[probe.name, reason] = None
-        cycle.samples.append(Sample(PROBE_DURATION, {"probe": probe.name}, self._clock.mono_s() - now_mono_s))
-        cycle.samples += samples
-        if probe.tier == "slow":
-            self._slow[probe.name] = samples
-            self._slow_due_mono_s[probe.name] = now_mono_s + _SLOW_TIER_S
-        return None
-
-    async def _locate(self, cycle: _Cycle) -> None:
-        """Learn where the server's files are; they move seldom, and what was known is kept when this fails."""
-        if self._clock.mono_s() < self._located_mono_s + _SLOW_TIER_S:
+    async def _connect(self) -> None:
+        """Make sure that there is a connection, and know who answers there. Raises PgherdError."""
+        if not await self.connection.open():
             return
-        endpoint = self._connection.endpoint
+        await self.connection.fetch(_IDLE_SQL)
+        (row,) = await self.connection.fetch(_IDENTITY_SQL)
+        version, identifier = int(row["version"]), str(row["system_identifier"] or "")
+        if (version, identifier) != (self.status.server_version_num, self.status.system_identifier):
+            self._forget()
+        self.status = replace(self.status, server_version_num=version, system_identifier=identifier)
+
+    async def _round(self, tick: _Tick, *, retry: bool) -> bool | None:
+        """One pipeline with all that is due; None when the server's role has changed. Raises PgherdError when it is lost."""
+        probes = self._rhythm.due(self._catalog.for_major(self.status.server_version_num // 10000), self._clock.mono_s())
+        limit_s = _BUDGET_SHARE * max(self._sampling.interval, self._sampling.statement_timeout)
+        send_for_s = tick.started_mono_s + limit_s - self._clock.mono_s()
+        questions = [_ROLE, *(Question(probe.sql) for probe in probes)]
+        role_answer, *answers = await self.connection.fetch_many(questions, send_for_s=send_for_s)
+        if role_answer.error is not None:
+            if retry and role_answer.error.code == "postgres.unreachable":  # died since the last tick: replaced once
+                await self._connect()
+                return await self._round(tick, retry=False)
+            raise role_answer.error
+        role: Role = "standby" if role_answer.rows[0]["standby"] else "primary"
+        changed = self.status.role not in (role, "unknown")
+        self.status = replace(self.status, role=role)
+        if changed and self.connection.connected:
+            return None
+        for probe, answer in zip(probes, answers, strict=True):
+            self._take(tick, probe, answer)
+        if not self.connection.connected:
+            raise next(answer.error for answer in answers if answer.error is not None)
+        return True
+
+    def _forget(self) -> None:
+        """Another server answers there, or the same in another role, or none: all is asked anew."""
+        self._rhythm.forget()
+        self._located_mono_s = float("-inf")
+
+    def _take(self, tick: _Tick, probe: Probe, answer: Answer) -> None:
+        """One probe's answer into the tick; its next time into the rhythm."""
+        now_mono_s = self._clock.mono_s()
+        error = answer.error
+        if error is None:
+            self._rhythm.answered(probe, now_mono_s)
+            samples = samples_of(probe, answer.rows)
+            samples.append(Sample(PROBE_DURATION, {"probe": probe.name}, answer.duration_s))
+            tick.stated[probe.name] = samples
+            if reason := unknown_reason(probe, answer.rows):
+                tick.unknown(probe.name, reason)
+        elif error.context.get("phase") == "unasked":
+            tick.stated[probe.name] = []
+            tick.unknown(probe.name, "cycle_budget")
+        else:
+            tick.stated[probe.name] = []
+            self._failed(tick, probe.name, error)
+            if error.context.get("phase") in ("statement", "lock"):
+                self._rhythm.timed_out(probe, now_mono_s)
+            else:
+                self._rhythm.answered(probe, now_mono_s)
+
+    async def _locate(self, tick: _Tick) -> None:
+        """Learn where the server's files are; they move seldom, and what was known is kept when this fails."""
+        if self._clock.mono_s() < self._located_mono_s + self._sampling.slow_interval:
+            return
+        endpoint = self.connection.endpoint
+        tick.stated[_PLACES] = []
         try:
-            rows = await self._connection.fetch(PLACES_SQL)
+            rows = await self.connection.fetch(PLACES_SQL)
         except PgherdError as error:
-            self._failed(cycle, "places", error)
+            self._failed(tick, _PLACES, error)
             return
         if endpoint is not None:
             self._local.locate(rows, endpoint.host, endpoint.hostaddr)
         self._located_mono_s = self._clock.mono_s()
 
-    async def _ask_host(self, cycle: _Cycle) -> None:
+    async def _ask_host(self, tick: _Tick) -> None:
         samples, unknown = await self._local.sample()
-        cycle.samples += samples
-        for probe, reason in unknown.items():
-            cycle.unknown[probe, reason] = None
+        tick.stated[_HOST] = [
+            *samples,
+            *(Sample(PROBE_UNKNOWN, {"probe": probe, "reason": reason}, 1.0) for probe, reason in unknown.items()),
+        ]
 
     # ---- the agent's own samples
 
-    def _failed(self, cycle: _Cycle, probe: str, error: PgherdError) -> None:
+    def _failed(self, tick: _Tick, probe: str, error: PgherdError, source: str = "") -> None:
         phase = str(error.context.get("phase") or "")
         reason = f"{error.code}.{phase}" if phase else error.code
-        cycle.failed = True
-        cycle.unknown[probe, reason] = None
+        tick.failed = True
+        sample = Sample(PROBE_UNKNOWN, {"probe": probe, "reason": reason}, 1.0)
+        tick.stated.setdefault(source or probe, []).append(sample)
         count = self._errors.get((probe, error.code), 0) + 1
         self._errors[probe, error.code] = count
         if count in (1, 10, 100) or count % 1000 == 0:
             _log.warning("probe.failed", node=self._node.alias, probe=probe, code=error.code, why=error.message, count=count)
 
-    def _forget_slow(self) -> None:
-        self._slow.clear()
-        self._slow_due_mono_s.clear()
-        self._located_mono_s = float("-inf")
-
-    def _own_samples(self, cycle: _Cycle, condition: Condition, duration_s: float) -> list[Sample]:
-        reachable = condition in ("up", "saturated")
+    @staticmethod
+    def _node_samples(condition: Condition) -> list[Sample]:
         return [
-            Sample(UP, {}, 1.0 if reachable else 0.0),
+            Sample(UP, {}, 1.0 if condition in ("up", "saturated") else 0.0),
             Sample(SATURATED, {}, 1.0 if condition == "saturated" else 0.0),
             Sample(CONDITION, {"condition": condition}, 1.0),
+        ]
+
+    def _own_samples(self, tick: _Tick, duration_s: float) -> list[Sample]:
+        return [
             Sample(SCRAPE_DURATION, {}, duration_s),
-            Sample(SCRAPE_ERROR, {}, 1.0 if cycle.failed else 0.0),
+            Sample(SCRAPE_ERROR, {}, 1.0 if tick.failed else 0.0),
             Sample(SKIPPED, {}, float(self._skipped), self._started_unix_ns),
-            Sample(ATTEMPTS, {}, float(self._connection.attempts), self._started_unix_ns),
-            *(Sample(PROBE_UNKNOWN, {"probe": probe, "reason": reason}, 1.0) for probe, reason in cycle.unknown),
+            Sample(ATTEMPTS, {}, float(self.connection.attempts), self._started_unix_ns),
             *(
                 Sample(PROBE_ERRORS, {"probe": probe, "code": code}, float(count), self._started_unix_ns)
                 for (probe, code), count in self._errors.items()

@@ -1,7 +1,7 @@
 """The probe catalogue: which statement is asked of which major version, and what its columns mean.
 
-The questions live in `catalog.toml` beside this file; this module reads it once and chooses per server.
-Nothing here talks to a server.
+The questions live in `catalog/*.toml` beside this file, a file per family; this module reads them once and
+chooses per server. Nothing here talks to a server.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pgherd.proto.samples import Metric, MetricKind
 OLDEST_MAJOR = 13  # best effort below 15; 15, 17 and 18 are tested
 TESTED_MAJORS = (15, 17, 18)
 
-Tier = Literal["cycle", "slow"]
+Tier = Literal["live", "cycle", "slow", "rare"]
+TIERS: tuple[Tier, ...] = ("live", "cycle", "slow", "rare")
 Shape = Literal["columns", "settings"]
 
 
@@ -28,6 +29,7 @@ class Column:
     column: str
     metrics: tuple[Metric, ...]
     labels: tuple[str, ...]
+    constants: Mapping[str, str]  # labels that don't come from the row
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +61,18 @@ class Catalog:
 
 
 def load_catalog(text: str | None = None) -> Catalog:
-    """The built-in catalogue, or one given as TOML text (tests)."""
-    if text is None:
-        text = resources.files(__package__).joinpath("catalog.toml").read_text(encoding="utf-8")
-    document = tomllib.loads(text)
-    shared = document.get("metrics", {})
-    return Catalog(tuple(_probe(entry, shared) for entry in document["probe"]))
+    """The built-in catalogue in the order of its tiers, or one given as TOML text (tests)."""
+    texts = [text] if text is not None else _built_in()
+    probes = [
+        _probe(entry, document.get("metrics", {})) for document in map(tomllib.loads, texts) for entry in document["probe"]
+    ]
+    return Catalog(tuple(sorted(probes, key=lambda probe: TIERS.index(probe.tier))))
+
+
+def _built_in() -> list[str]:
+    directory = resources.files(__package__).joinpath("catalog")
+    files = sorted((entry for entry in directory.iterdir() if entry.name.endswith(".toml")), key=lambda entry: entry.name)
+    return [entry.read_text(encoding="utf-8") for entry in files]
 
 
 def _probe(entry: Mapping[str, Any], shared: Mapping[str, Any]) -> Probe:
@@ -91,4 +99,4 @@ def _column(name: str, facts: Mapping[str, Any], prefix: str, labels: tuple[str,
     names = (facts.get("name", f"{prefix}{name}"), *facts.get("aliases", ()))
     kind = MetricKind(facts.get("kind", "gauge"))
     metrics = tuple(Metric(metric_name, kind, facts["help"], facts.get("unit", "")) for metric_name in names)
-    return Column(facts.get("column", name), metrics, tuple(facts.get("labels", labels)))
+    return Column(facts.get("column", name), metrics, tuple(facts.get("labels", labels)), facts.get("constants", {}))

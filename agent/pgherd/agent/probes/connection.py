@@ -1,6 +1,7 @@
-"""The sampler's one connection to a node: persistent, bounded in every direction, never piling up.
+"""The sampler's one connection to a node: persistent, shared, bounded in every direction, never piling up.
 
 Rules, each with a fault test:
+- its users take turns, first come first served, a whole pipeline each;
 - at most one established connection and one pending attempt, whatever the server does. A server that
   accepts and doesn't answer keeps the *same* attempt pending instead of getting a new one every cycle;
 - an answer that doesn't come within `answer_timeout` costs the connection: its socket is shut down under
@@ -14,20 +15,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 import socket
-import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import psycopg
+from psycopg import adapt, pq
 from psycopg import conninfo as libpq
-from psycopg import pq
-from psycopg.adapt import Loader
-from psycopg.rows import dict_row
 
 from pgherd.agent.config import NodeConfig, SamplingConfig
+from pgherd.agent.probes.dial import ConnectFailed, dial
+from pgherd.agent.probes.pipeline import Exchange, Outcome, Prepared, Question, SilentServerError
 from pgherd.proto.clock import Clock
 from pgherd.proto.errors import ConfigError, PgherdError, PreconditionError, TransientError
 from pgherd.runtime.durable import read_secret
@@ -35,12 +34,11 @@ from pgherd.runtime.durable import read_secret
 APPLICATION_NAME: Final = "pgherd-agent"
 
 _AUTH_RETRY_S = 30.0  # a wrong password every cycle fills the server's log and locks accounts in LDAP
-_CLOSE_TIMEOUT_S = 1.0
 
 Rows = list[dict[str, Any]]
 
 
-class _ReplacingTextLoader(Loader):
+class _ReplacingTextLoader(adapt.Loader):
     """Names in shared catalogs may be in another encoding than this database's: show them, don't fail."""
 
     def load(self, data: Any) -> str:
@@ -82,35 +80,60 @@ class Endpoint:
     server_version_num: int
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came of one question: rows, or the error that says why there are none.
+
+    Errors: TransientError postgres.timeout (`phase` tells: "statement" or "lock", the server's own and the
+    connection is kept; "answer", it fell silent and the connection is gone; "unasked", the time was up) |
+    postgres.unreachable (connection lost), ConfigError postgres.privilege, PreconditionError postgres.failed.
+    """
+
+    rows: Rows
+    error: PgherdError | None
+    duration_s: float  # what the server spent on it, network apart
+
+
 class NodeConnection:
-    """One node's sampling connection. Not for concurrent use: one caller at a time."""
+    """One node's sampling connection, for all its users: each call has it for itself, in the order of asking."""
 
     def __init__(self, node: NodeConfig, sampling: SamplingConfig, clock: Clock) -> None:
         self._node = node
         self._sampling = sampling
         self._clock = clock
-        self._connection: psycopg.AsyncConnection[dict[str, Any]] | None = None
-        self._attempt: asyncio.Task[psycopg.AsyncConnection[dict[str, Any]]] | None = None
+        self._turn = asyncio.Lock()  # fair: wakes its waiters in their order
+        self._link: pq.abc.PGconn | None = None
+        self._prepared = Prepared()
+        self._adapters = adapt.AdaptersMap(psycopg.adapters)
+        for type_name in ("text", "name", "varchar"):
+            self._adapters.register_loader(type_name, _ReplacingTextLoader)
+        self._attempt: asyncio.Task[pq.abc.PGconn] | None = None
         self._refusal: PgherdError | None = None
         self._refused_until_mono_s = 0.0
         self.attempts = 0  # connection attempts since the start, for the agent's own metrics
 
     @property
     def connected(self) -> bool:
-        return self._connection is not None
+        return self._link is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether somebody has it now: for users that would rather skip a turn than wait."""
+        return self._turn.locked()
 
     @property
     def endpoint(self) -> Endpoint | None:
         """Where the connection leads, None while there is none."""
-        if self._connection is None:
+        if self._link is None:
             return None
-        link = self._connection.pgconn
         return Endpoint(
-            host=link.host.decode("utf-8", "replace"),
-            hostaddr=link.hostaddr.decode("utf-8", "replace"),
-            port=link.port.decode(),
-            server_version_num=link.server_version,
+            host=self._link.host.decode("utf-8", "replace"),
+            hostaddr=self._link.hostaddr.decode("utf-8", "replace"),
+            port=self._link.port.decode(),
+            server_version_num=self._link.server_version,
         )
+
+    # ---- opening
 
     async def open(self) -> bool:
         """Make sure there is a connection; returns whether it is a new one.
@@ -118,10 +141,14 @@ class NodeConnection:
         Raises TransientError postgres.unreachable | postgres.saturated | postgres.timeout, ConfigError
         postgres.auth | config.secret_unreadable, PreconditionError postgres.failed.
         """
-        if self._connection is not None:
-            if not self._connection.closed:
+        async with self._turn:
+            return await self._open()
+
+    async def _open(self) -> bool:
+        if self._link is not None:
+            if self._link.status == pq.ConnStatus.OK:
                 return False
-            await self.discard()
+            self._discard()
         if self._attempt is None:
             if self._refusal is not None and self._clock.mono_s() < self._refused_until_mono_s:
                 raise self._refusal
@@ -138,11 +165,12 @@ class NodeConnection:
             )
         attempt, self._attempt = self._attempt, None
         try:
-            self._connection = attempt.result()
+            self._link = attempt.result()
         except psycopg.Error as error:
             raise self._remember(connect_error(error)) from error
         except PgherdError as error:
             raise self._remember(error) from None
+        self._prepared = Prepared()
         self._refusal = None
         return True
 
@@ -152,86 +180,103 @@ class NodeConnection:
             self._refused_until_mono_s = self._clock.mono_s() + min(_AUTH_RETRY_S, 3 * self._sampling.interval)
         return error
 
-    async def _connect(self) -> psycopg.AsyncConnection[dict[str, Any]]:
+    async def _connect(self) -> pq.abc.PGconn:
         parameters = session_parameters(self._node, self._sampling)
         if self._node.password_file is not None:
             parameters["password"] = read_secret(self._node.password_file)
-        link = await _dial(libpq.make_conninfo("", **parameters))
-        connection: psycopg.AsyncConnection[dict[str, Any]] = psycopg.AsyncConnection(link, row_factory=dict_row)
-        await connection.set_autocommit(True)
-        for type_name in ("text", "name", "varchar"):
-            connection.adapters.register_loader(type_name, _ReplacingTextLoader)
-        return connection
+        return await dial(libpq.make_conninfo("", **parameters))
 
-    async def fetch(self, sql: str) -> Rows:
-        """Run one read-only statement of ours and return its rows.
+    # ---- asking
 
-        Raises TransientError postgres.timeout (no answer in time, connection gone; or the server's own
-        statement or lock timeout, connection kept; `phase` in the context tells) | postgres.unreachable
-        (connection lost), ConfigError postgres.privilege, PreconditionError postgres.failed.
+    async def fetch(self, sql: str, *parameters: str | None) -> Rows:
+        """One statement's rows. Raises what `Answer` lists."""
+        (answer,) = await self.fetch_many([Question(sql, parameters)])
+        if answer.error is not None:
+            raise answer.error
+        return answer.rows
+
+    async def fetch_many(self, questions: Sequence[Question], *, send_for_s: float = float("inf")) -> list[Answer]:
+        """Answers to all questions, in their order, from one pipeline; what went wrong is in the answers.
+
+        After `send_for_s` the questions that aren't on their way yet stay unasked. A server that is silent for
+        `answer_timeout` costs the connection. Parameters are text; the server knows their types from the statement.
         """
-        connection = self._connection
-        if connection is None:
-            raise TransientError("postgres.unreachable", "there is no connection to the server", phase="answer")
-        work = asyncio.create_task(_execute(connection, sql))
+        async with self._turn:
+            return await self._fetch_many(questions, self._clock.mono_s() + send_for_s)
+
+    async def _fetch_many(self, questions: Sequence[Question], send_until_mono_s: float) -> list[Answer]:
+        link = self._link
+        if link is None:
+            lost: PgherdError = TransientError("postgres.unreachable", "there is no connection to the server", phase="answer")
+            return [Answer([], lost, 0.0) for _ in questions]
+        exchange = Exchange(link, questions, self._prepared, self._clock.mono_s)
+        rest: PgherdError = TransientError("postgres.timeout", "there was no time left to ask", phase="unasked")
         try:
-            done, _ = await asyncio.wait({work}, timeout=self._sampling.answer_timeout)
-        except asyncio.CancelledError:
-            await self._abandon(work)
-            raise
-        if not done:
-            await self._abandon(work)
-            raise TransientError(
+            await exchange.run(self._sampling.answer_timeout, send_until_mono_s)
+        except SilentServerError:
+            self._discard()
+            rest = TransientError(
                 "postgres.timeout",
                 f"PostgreSQL didn't answer within {self._sampling.answer_timeout:g} s",
                 hint="look for stopped or disk-bound server processes (state T or D in ps)",
                 phase="answer",
                 timeout_s=self._sampling.answer_timeout,
             )
-        try:
-            return work.result()
         except psycopg.Error as error:
-            if connection.closed:
-                await self.discard()
-            raise statement_error(error, lost=self._connection is None) from error
+            self._discard()
+            rest = statement_error(error, lost=True)
+        except BaseException:  # cancelled in the middle of a conversation: nobody can take it up again
+            self._discard()
+            raise
+        return [self._answer(outcome, rest) for outcome in exchange.outcomes]
 
-    async def _abandon(self, work: asyncio.Task[Rows]) -> None:
-        """Cut the socket under a statement whose answer nobody awaits any more; wait for the driver to notice."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            _shut_down(connection.pgconn)
-        done, _ = await asyncio.wait({work}, timeout=_CLOSE_TIMEOUT_S)
-        if not done:
-            work.cancel()
-            await asyncio.wait({work}, timeout=_CLOSE_TIMEOUT_S)
-        if work.done() and not work.cancelled():
-            work.exception()  # looked at: the lost socket is what we caused
-        if connection is not None:
-            connection.pgconn.finish()
+    def _answer(self, outcome: Outcome, rest: PgherdError) -> Answer:
+        if outcome.failure is not None:
+            return Answer([], statement_error(outcome.failure, lost=False), outcome.duration_s)
+        if outcome.result is None:
+            return Answer([], rest, outcome.duration_s)
+        return Answer(self._rows(outcome.result), None, outcome.duration_s)
+
+    def _rows(self, result: pq.abc.PGresult) -> Rows:
+        transformer = adapt.Transformer(self)
+        transformer.set_pgresult(result)
+        names = [(result.fname(index) or b"").decode() for index in range(result.nfields)]
+        return transformer.load_rows(0, result.ntuples, lambda values: dict(zip(names, values, strict=True)))
+
+    @property
+    def adapters(self) -> adapt.AdaptersMap:
+        """How values are read (psycopg's AdaptContext)."""
+        return self._adapters
+
+    @property
+    def connection(self) -> None:
+        """None: values are read without regard to a psycopg connection (psycopg's AdaptContext)."""
+        return
+
+    # ---- ending
 
     async def discard(self) -> None:
         """Drop the connection without a word to the server; the next `open` makes a new one."""
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            _shut_down(connection.pgconn)
-            connection.pgconn.finish()
+        async with self._turn:
+            self._discard()
+
+    def _discard(self) -> None:
+        link, self._link = self._link, None
+        if link is not None:
+            _shut_down(link)
+            link.finish()
 
     async def close(self) -> None:
         """End the connection and any pending attempt."""
-        attempt, self._attempt = self._attempt, None
-        if attempt is not None:
-            attempt.cancel()
-            with contextlib.suppress(asyncio.CancelledError, psycopg.Error, PgherdError):
-                await attempt
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            with contextlib.suppress(psycopg.Error):
-                await connection.close()
-
-
-async def _execute(connection: psycopg.AsyncConnection[dict[str, Any]], sql: str) -> Rows:
-    cursor = await connection.execute(sql.encode())
-    return await cursor.fetchall()
+        async with self._turn:
+            attempt, self._attempt = self._attempt, None
+            if attempt is not None:
+                attempt.cancel()
+                with contextlib.suppress(asyncio.CancelledError, psycopg.Error, PgherdError):
+                    await attempt
+            link, self._link = self._link, None
+            if link is not None:
+                link.finish()
 
 
 def _shut_down(link: pq.abc.PGconn) -> None:
@@ -242,67 +287,6 @@ def _shut_down(link: pq.abc.PGconn) -> None:
             end.shutdown(socket.SHUT_RDWR)
         finally:
             end.close()
-
-
-# ---- dialling -----------------------------------------------------------------------------------
-
-_SQLSTATE_RE = re.compile(rb'ErrorResponse\b[^\n]*? C "([0-9A-Z]{5})"')
-
-
-class ConnectFailed(psycopg.OperationalError):
-    """A connection attempt that the server (with its SQLSTATE) or the system ("" ) refused."""
-
-    def __init__(self, message: str, state: str, needs_password: bool) -> None:
-        super().__init__(message)
-        self.state = state
-        self.needs_password = needs_password
-
-
-async def _dial(conninfo: str) -> pq.abc.PGconn:
-    """Open a libpq connection without blocking the loop and without a deadline: the caller waits or leaves it.
-
-    libpq hides the SQLSTATE of a refused connection and its text is in the server's language, so the
-    protocol trace of the attempt is kept in memory and read for it (libpq >= 14; older: text alone).
-    """
-    link: pq.abc.PGconn = await asyncio.to_thread(pq.PGconn.connect_start, conninfo.encode())
-    trace_fd = os.memfd_create(f"pgherd-{uuid.uuid4()}")
-    try:
-        if link.status != pq.ConnStatus.BAD:
-            with contextlib.suppress(psycopg.NotSupportedError):
-                link.trace(trace_fd)
-        while link.status != pq.ConnStatus.BAD:
-            match link.connect_poll():
-                case pq.PollingStatus.OK:
-                    link.untrace()
-                    link.nonblocking = 1
-                    return link
-                case pq.PollingStatus.READING:
-                    await _ready(link.socket, write=False)
-                case pq.PollingStatus.WRITING:
-                    await _ready(link.socket, write=True)
-                case _:
-                    break
-        message = link.get_error_message("utf-8").strip()
-        needs_password = bool(link.needs_password)
-        link.untrace()
-        found = _SQLSTATE_RE.findall(os.pread(trace_fd, 1 << 16, 0))
-        raise ConnectFailed(message, found[-1].decode() if found else "", needs_password)
-    except BaseException:
-        link.finish()
-        raise
-    finally:
-        os.close(trace_fd)
-
-
-async def _ready(fd: int, *, write: bool) -> None:
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    add, remove = (loop.add_writer, loop.remove_writer) if write else (loop.add_reader, loop.remove_reader)
-    add(fd, ready.set)
-    try:
-        await ready.wait()
-    finally:
-        remove(fd)
 
 
 # ---- naming what went wrong (pure) ---------------------------------------------------------------

@@ -44,7 +44,7 @@ def _row_samples(probe: Probe, row: Row) -> Iterable[Sample]:
         number = float(value)
         if not math.isfinite(number):
             continue
-        labels = {label: _text(row[label]) for label in column.labels}
+        labels = {label: _text(row[label]) for label in column.labels} | dict(column.constants)
         for metric in column.metrics:
             counter = metric.kind is MetricKind.COUNTER
             yield Sample(metric, labels, number, start_unix_ns if counter else 0)
