@@ -29,12 +29,10 @@ class NodeConfig:
     instance: str = ""  # host:port label; default: taken from the connection
     data_directory: Path | None = None  # default: asked from the server
     bin_directory: Path | None = None  # default: found by the server's major version
-    host: Literal["auto", "local", "remote"] = (
-        "auto"  # where it runs: by address and process; "remote" (managed clouds) has no disk and host series
-    )
+    host: Literal["auto", "local", "remote"] = "auto"  # where it runs; "remote" (managed clouds): no disk and host series
     disk_paths: dict[str, Path] = field(
         default_factory=dict
-    )  # path_kind → a path on the same volume, when the agent may not enter the data directory
+    )  # path_kind → path on that volume, if the real one is closed to us
 
 
 @dataclass(frozen=True, slots=True)

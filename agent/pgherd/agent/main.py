@@ -21,6 +21,7 @@ _VERBS = {
     "join": "pgherd.agent.identity.command:join",
     "renew": "pgherd.agent.identity.command:renew",
     "check": "pgherd.agent.preflight.command:check",
+    "discover": "pgherd.agent.discovery.command:discover",
     "sql": "pgherd.agent.grants.command:sql",
     "backup": "pgherd.agent.backup.command:backup",
 }
