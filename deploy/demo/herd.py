@@ -54,6 +54,7 @@ _AGENT = """\
 state_directory = "{directory}/agent-{name}"
 [sampling]
 interval = "1s"
+server_share_max = 0.2
 [backup]
 enabled = {backups}
 repository = "{directory}/repository"

@@ -23,6 +23,7 @@ CONFIG = """\
 state_directory = "{home}/state"
 [sampling]
 interval = "500ms"
+server_share_max = 1.0
 [backup]
 repository = "{home}/repository"
 [[nodes]]

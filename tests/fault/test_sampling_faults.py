@@ -7,6 +7,9 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
+import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +18,10 @@ import psutil
 import psycopg
 import pytest
 
-from pgherd.agent.probes.connection import APPLICATION_NAME
+from pgherd.agent.config import NodeConfig
+from pgherd.agent.probes.connection import APPLICATION_NAME, NodeConnection
+from pgherd.agent.probes.pipeline import Question
+from pgherd.runtime.clock import SystemClock
 from support.postgres import Fleet, Server
 from support.sampling import SAMPLING, Bench, Decoded, cycle_until, sampling, until
 
@@ -276,5 +282,80 @@ def test_timeouts_of_the_role_dont_cut_the_connection(server: Server, tmp_path: 
             seen = await bench.cycle()
             assert seen.unknown() == {}
             assert seen.value("pgherd_connection_attempts_total") == 1
+
+    asyncio.run(work())
+
+
+def test_a_server_that_got_a_hundred_times_slower_is_asked_less_within_three_cycles(server: Server, tmp_path: Path) -> None:
+    """Somebody takes a catalog's lock over and over: no timeout is reached, every question takes a hundred times as long."""
+    normal = replace(SAMPLING, live_interval=1.0, interval=1.0, lock_timeout=2.0, server_share_max=0.05)
+    stop, held = threading.Event(), threading.Event()
+
+    def hold_locks() -> None:
+        with psycopg.connect(server.conninfo()) as holder:
+            while not stop.is_set():
+                with holder.transaction():
+                    holder.execute("LOCK TABLE pg_database, pg_authid IN ACCESS EXCLUSIVE MODE")
+                    held.set()
+                    holder.execute("SELECT pg_sleep(0.15)")
+
+    async def work() -> None:
+        async with sampling(tmp_path / "spool", server.conninfo("monitor"), settings=normal) as bench:
+            for _ in range(3):
+                seen = await bench.cycle()
+            assert seen.value("pgherd_sampling_shed", tier="cycle") == 0
+            assert 0 < seen.value("pgherd_sampling_budget_ratio") < 1
+            thread = threading.Thread(target=hold_locks)
+            thread.start()
+            try:
+                assert held.wait(10)
+                cycles = 0
+                while seen.value("pgherd_sampling_shed", tier="cycle") == 0:
+                    seen = await bench.cycle()
+                    cycles += 1
+                assert cycles <= 3
+                for tier in ("tables", "rare", "slow", "latency"):
+                    assert seen.value("pgherd_sampling_shed", tier=tier) == 1, "the order: what a DBA needs goes last"
+                shed = await bench.cycle()
+                assert shed.unknown()["stat_database"] == "shed"
+                assert {p.name for p in shed.points if p.stale} | {p.name for p in seen.points if p.stale} >= {
+                    "pg_stat_database_xact_commit"
+                }, "nothing of a shed tier stays frozen"
+                assert shed.value("pg_up") == 1
+                assert shed.find("pgherd_wal_position_bytes", position="insert"), "the live tier goes on"
+            finally:
+                stop.set()
+                thread.join()
+
+    asyncio.run(work())
+
+
+def spin() -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", "while True: pass"])
+
+
+def test_a_busy_machine_alone_sheds_nothing(server: Server, tmp_path: Path) -> None:
+    """A backend that waits for a CPU takes long and costs little; /proc tells the two apart."""
+
+    async def work() -> None:
+        node = NodeConfig("n", "c", server.conninfo("monitor"))
+        connection = NodeConnection(node, replace(SAMPLING, statement_timeout=20.0, answer_timeout=20.0), SystemClock())
+        await connection.open()
+        (backend,) = our_backends(server)
+        (core,) = backend.cpu_affinity()[:1]
+        backend.cpu_affinity([core])
+        busy = [spin() for _ in range(3)]
+        try:
+            for process in busy:
+                psutil.Process(process.pid).cpu_affinity([core])
+            (answer,) = await connection.fetch_many([Question("SELECT count(*) FROM generate_series(1, 2000000)")])
+        finally:
+            for process in busy:
+                process.kill()
+                process.wait()
+        assert answer.error is None
+        assert answer.cost_s < 0.7 * answer.duration_s, "three others had the core"
+        assert answer.cost_s >= 0.9 * connection.cpu_s > 0
+        await connection.close()
 
     asyncio.run(work())

@@ -30,7 +30,7 @@ PROBE = load_catalog().for_major(18)[0]
 def test_a_probe_keeps_its_interval_and_a_timeout_never_silences_it_for_long(
     tier: str, steps: list[tuple[float, bool]]
 ) -> None:
-    rhythm = Rhythm(INTERVALS)  # type: ignore[arg-type]
+    rhythm = Rhythm(INTERVALS)
     probe = replace(PROBE, tier=tier)  # type: ignore[arg-type]
     now, last, asked = 1000.0, 1000.0, []
     for step, works in steps:
@@ -45,7 +45,7 @@ def test_a_probe_keeps_its_interval_and_a_timeout_never_silences_it_for_long(
 
 
 def test_repeated_timeouts_are_asked_ever_more_rarely_until_one_answer() -> None:
-    rhythm, probe = Rhythm(INTERVALS), replace(PROBE, tier="cycle")  # type: ignore[arg-type]
+    rhythm, probe = Rhythm(INTERVALS), replace(PROBE, tier="cycle")
     asked: list[float] = []
     for second in range(1000):
         if rhythm.due([probe], float(second)):

@@ -23,7 +23,9 @@ AGENT_ID = "11111111-1111-4111-8111-111111111111"
 NODE_ID = "22222222-2222-4222-8222-222222222222"
 
 # Short enough for tests, long enough for two loaded cores.
-SAMPLING = SamplingConfig(interval=10.0, statement_timeout=2.0, lock_timeout=0.1, connect_timeout=2.0, answer_timeout=2.5)
+SAMPLING = SamplingConfig(
+    interval=10.0, statement_timeout=2.0, lock_timeout=0.1, connect_timeout=2.0, answer_timeout=2.5, server_share_max=1.0
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,7 @@ class SamplingConfig:
     interval: Duration = 10.0  # counters, activity, replication
     slow_interval: Duration = 60.0  # settings, pg_wal, locks by mode, checkpoints and I/O
     rare_interval: Duration = 300.0  # sizes and what walks over databases; 5 to 15 minutes
+    server_share_max: float = 0.005  # of one of the server's cores; above it, tiers are shed: tables first, positions last
     statement_timeout: Duration = 2.0
     lock_timeout: Duration = 0.5
     connect_timeout: Duration = 5.0

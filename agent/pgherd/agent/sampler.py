@@ -13,13 +13,14 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
 from pgherd.agent.config import NodeConfig, SamplingConfig
 from pgherd.agent.node import Condition, NodeStatus, Role
-from pgherd.agent.probes.catalog import Catalog, Probe
+from pgherd.agent.probes.budget import SHED_ORDER, Budget
+from pgherd.agent.probes.catalog import Catalog, Probe, Tier
 from pgherd.agent.probes.connection import Answer, NodeConnection, instance_label
 from pgherd.agent.probes.disk import DiskProbe
 from pgherd.agent.probes.host import HostProbe
@@ -37,7 +38,8 @@ from pgherd.proto.errors import PgherdError
 from pgherd.proto.samples import Metric, MetricKind, Sample
 from pgherd.runtime.logging import get_logger
 
-_BUDGET_SHARE: Final = 0.8  # of the interval: a slow server costs probes, not the rhythm
+_LATENCY_INTERVAL_S: Final = 0.1
+_SEND_SHARE: Final = 0.8  # of the interval: a slow server costs probes, not the rhythm
 
 # Sources of samples that aren't probes (see telemetry/emit.py).
 _NODE: Final = "node"  # whether the server answers: every tick
@@ -55,6 +57,19 @@ PROBE_DURATION: Final = Metric("pgherd_probe_duration_seconds", _GAUGE, "Duratio
 PROBE_ERRORS: Final = Metric("pgherd_probe_errors_total", _COUNTER, "Failed probes since the agent's start, by code")
 PROBE_UNKNOWN: Final = Metric("pgherd_probe_unknown", _GAUGE, "1 while a probe can't know a value, with the reason")
 SKIPPED: Final = Metric("pgherd_sampling_cycles_skipped_total", _COUNTER, "Ticks left out because the one before took too long")
+SERVER_SECONDS: Final = Metric(
+    "pgherd_sampling_server_seconds_total", _COUNTER, "Server time that sampling caused, by tier", "s"
+)
+SERVER_CPU: Final = Metric(
+    "pgherd_sampling_server_cpu_seconds_total",
+    _COUNTER,
+    "CPU time that the sampling connection's backends used (local servers only)",
+    "s",
+)
+SHED: Final = Metric("pgherd_sampling_shed", _GAUGE, "1 while a tier is left out because sampling costs the server too much")
+BUDGET_RATIO: Final = Metric(
+    "pgherd_sampling_budget_ratio", _GAUGE, "Price of the running tiers as a part of the budget (sampling.server_share_max)"
+)
 ATTEMPTS: Final = Metric("pgherd_connection_attempts_total", _COUNTER, "Connections that the sampler tried to open")
 
 _IDENTITY_SQL: Final = """
@@ -103,7 +118,7 @@ class TickReport:
 class NodeSampler:
     """Samples one node into the spool. `run` it as a task; read `status` at any time.
 
-    `connection` and `emitter` are the node's only ones; its other samplers use them too.
+    `connection`, `emitter` and `budget` are the node's only ones; its other samplers use them too.
     """
 
     def __init__(
@@ -133,14 +148,15 @@ class NodeSampler:
         self.emitter = Emitter(Source(agent_id, node_id, node.alias, node.cluster, instance), spool, on_spooled)
         self.status = NodeStatus(node_id, node.alias, node.cluster, instance)
         self._tick_s = min(sampling.live_interval, sampling.interval)
-        self._rhythm = Rhythm(
-            {
-                "live": self._tick_s,
-                "cycle": sampling.interval,
-                "slow": max(sampling.slow_interval, sampling.interval),
-                "rare": max(sampling.rare_interval, sampling.slow_interval),
-            }
-        )
+        intervals_s = {
+            "live": self._tick_s,
+            "cycle": sampling.interval,
+            "slow": max(sampling.slow_interval, sampling.interval),
+            "rare": max(sampling.rare_interval, sampling.slow_interval),
+        }
+        self._rhythm = Rhythm(intervals_s)
+        others_s = {"tables": intervals_s["rare"], "latency": _LATENCY_INTERVAL_S}
+        self.budget = Budget(sampling.server_share_max, {**intervals_s, **others_s})
         self._cycle_due_mono_s = clock.mono_s()
         self._errors: dict[tuple[str, str], int] = {}
         self._skipped = 0
@@ -157,12 +173,13 @@ class NodeSampler:
                     await self.tick()
                 except Exception:  # noqa: BLE001 - the loop's guard: sampling goes on whatever one tick met
                     _log.exception("sampling.tick_failed", node=self._node.alias)
-                due_mono_s += self._tick_s
+                period_s = self._tick_s if self.budget.allows("live") else self._sampling.interval
+                due_mono_s += period_s
                 late_s = self._clock.mono_s() - due_mono_s
                 if late_s > 0:
-                    missed = int(late_s // self._tick_s) + 1
+                    missed = int(late_s // period_s) + 1
                     self._skipped += missed
-                    due_mono_s += missed * self._tick_s
+                    due_mono_s += missed * period_s
                 await asyncio.sleep(max(0.0, due_mono_s - self._clock.mono_s()))
         finally:
             await self.close()
@@ -232,11 +249,12 @@ class NodeSampler:
 
     async def _round(self, tick: _Tick, *, retry: bool) -> bool | None:
         """One pipeline with all that is due; None when the server's role has changed. Raises PgherdError when it is lost."""
-        probes = self._rhythm.due(self._catalog.for_major(self.status.server_version_num // 10000), self._clock.mono_s())
-        limit_s = _BUDGET_SHARE * max(self._sampling.interval, self._sampling.statement_timeout)
+        probes = self._due(tick)
+        limit_s = _SEND_SHARE * max(self._sampling.interval, self._sampling.statement_timeout)
         send_for_s = tick.started_mono_s + limit_s - self._clock.mono_s()
         questions = [_ROLE, *(Question(probe.sql) for probe in probes)]
         role_answer, *answers = await self.connection.fetch_many(questions, send_for_s=send_for_s)
+        self._pay(["live", *(probe.tier for probe in probes)], [role_answer, *answers])
         if role_answer.error is not None:
             if retry and role_answer.error.code == "postgres.unreachable":  # died since the last tick: replaced once
                 await self._connect()
@@ -257,6 +275,35 @@ class NodeSampler:
         """Another server answers there, or the same in another role, or none: all is asked anew."""
         self._rhythm.forget()
         self._located_mono_s = float("-inf")
+
+    def _due(self, tick: _Tick) -> list[Probe]:
+        """The probes to ask now; those of a shed tier say so instead."""
+        probes = self._rhythm.due(self._catalog.for_major(self.status.server_version_num // 10000), self._clock.mono_s())
+        asked = []
+        for probe in probes:
+            if probe.tier == "live" or self.budget.allows(probe.tier):
+                asked.append(probe)
+                continue
+            tick.stated[probe.name] = []
+            tick.unknown(probe.name, "shed")
+            self._rhythm.answered(probe, self._clock.mono_s())
+        return asked
+
+    def _pay(self, tiers: Sequence[Tier], answers: Sequence[Answer]) -> None:
+        """Book what a pipeline cost the server, a tier at a time.
+
+        A lock that didn't come within its timeout cost a place in a queue: the rhythm leaves that probe alone, its tier stays.
+        """
+        now_mono_s = self._clock.mono_s()
+        costs: dict[Tier, float] = {}
+        for tier, answer in zip(tiers, answers, strict=True):
+            waited = answer.error is not None and answer.error.context.get("phase") == "lock"
+            costs[tier] = costs.get(tier, 0.0) + (0.0 if waited else answer.cost_s)
+        before = self.budget.shed
+        for tier, cost_s in costs.items():
+            self.budget.spent(tier, cost_s, now_mono_s)
+        if self.budget.shed != before:
+            _log.warning("sampling.shed_changed", node=self._node.alias, shed=list(self.budget.shed), before=list(before))
 
     def _take(self, tick: _Tick, probe: Probe, answer: Answer) -> None:
         """One probe's answer into the tick; its next time into the rhythm."""
@@ -328,6 +375,16 @@ class NodeSampler:
             Sample(SCRAPE_DURATION, {}, duration_s),
             Sample(SCRAPE_ERROR, {}, 1.0 if tick.failed else 0.0),
             Sample(SKIPPED, {}, float(self._skipped), self._started_unix_ns),
+            *(
+                sample
+                for tier in SHED_ORDER
+                for sample in (
+                    Sample(SHED, {"tier": tier}, 0.0 if self.budget.allows(tier) else 1.0),
+                    Sample(SERVER_SECONDS, {"tier": tier}, self.budget.spent_s(tier), self._started_unix_ns),
+                )
+            ),
+            Sample(BUDGET_RATIO, {}, self.budget.ratio),
+            *([Sample(SERVER_CPU, {}, self.connection.cpu_s, self._started_unix_ns)] if self.connection.cpu_s else []),
             Sample(ATTEMPTS, {}, float(self.connection.attempts), self._started_unix_ns),
             *(
                 Sample(PROBE_ERRORS, {"probe": probe, "code": code}, float(count), self._started_unix_ns)

@@ -26,6 +26,8 @@ from psycopg import conninfo as libpq
 
 from pgherd.agent.config import NodeConfig, SamplingConfig
 from pgherd.agent.probes.dial import ConnectFailed, dial
+from pgherd.agent.probes.disk import is_local
+from pgherd.agent.probes.meter import BackendMeter, cost_s
 from pgherd.agent.probes.pipeline import Exchange, Outcome, Prepared, Question, SilentServerError
 from pgherd.proto.clock import Clock
 from pgherd.proto.errors import ConfigError, PgherdError, PreconditionError, TransientError
@@ -91,7 +93,8 @@ class Answer:
 
     rows: Rows
     error: PgherdError | None
-    duration_s: float  # what the server spent on it, network apart
+    duration_s: float  # how long the server took, network apart
+    cost_s: float  # what of that it did for us or held for us: see meter.cost_s
 
 
 class NodeConnection:
@@ -104,6 +107,7 @@ class NodeConnection:
         self._turn = asyncio.Lock()  # fair: wakes its waiters in their order
         self._link: pq.abc.PGconn | None = None
         self._prepared = Prepared()
+        self._meter: BackendMeter | None = None
         self._adapters = adapt.AdaptersMap(psycopg.adapters)
         for type_name in ("text", "name", "varchar"):
             self._adapters.register_loader(type_name, _ReplacingTextLoader)
@@ -111,6 +115,7 @@ class NodeConnection:
         self._refusal: PgherdError | None = None
         self._refused_until_mono_s = 0.0
         self.attempts = 0  # connection attempts since the start, for the agent's own metrics
+        self.cpu_s = 0.0  # CPU that its backends used for us; 0 where only the server's own time can be known
 
     @property
     def connected(self) -> bool:
@@ -172,6 +177,9 @@ class NodeConnection:
             raise self._remember(error) from None
         self._prepared = Prepared()
         self._refusal = None
+        endpoint = self.endpoint
+        if endpoint is not None and is_local(endpoint.host, endpoint.hostaddr):
+            self._meter = BackendMeter.open(self._link.backend_pid)
         return True
 
     def _remember(self, error: PgherdError) -> PgherdError:
@@ -208,7 +216,8 @@ class NodeConnection:
         link = self._link
         if link is None:
             lost: PgherdError = TransientError("postgres.unreachable", "there is no connection to the server", phase="answer")
-            return [Answer([], lost, 0.0) for _ in questions]
+            return [Answer([], lost, 0.0, 0.0) for _ in questions]
+        before = self._meter.read() if self._meter else None
         exchange = Exchange(link, questions, self._prepared, self._clock.mono_s)
         rest: PgherdError = TransientError("postgres.timeout", "there was no time left to ask", phase="unasked")
         try:
@@ -228,14 +237,23 @@ class NodeConnection:
         except BaseException:  # cancelled in the middle of a conversation: nobody can take it up again
             self._discard()
             raise
-        return [self._answer(outcome, rest) for outcome in exchange.outcomes]
+        after = self._meter.read() if self._meter else None
+        took_s = sum(outcome.duration_s for outcome in exchange.outcomes)
+        cost_rate = cost_s(took_s, before, after) / took_s if took_s else 0.0
+        if before is not None and after is not None:
+            self.cpu_s += after.cpu_s - before.cpu_s
+        return [self._answer(outcome, rest, cost_rate) for outcome in exchange.outcomes]
 
-    def _answer(self, outcome: Outcome, rest: PgherdError) -> Answer:
+    def _answer(self, outcome: Outcome, rest: PgherdError, cost_rate: float) -> Answer:
+        rows: Rows = []
+        error: PgherdError | None = None
         if outcome.failure is not None:
-            return Answer([], statement_error(outcome.failure, lost=False), outcome.duration_s)
-        if outcome.result is None:
-            return Answer([], rest, outcome.duration_s)
-        return Answer(self._rows(outcome.result), None, outcome.duration_s)
+            error = statement_error(outcome.failure, lost=False)
+        elif outcome.result is None:
+            error = rest
+        else:
+            rows = self._rows(outcome.result)
+        return Answer(rows, error, outcome.duration_s, outcome.duration_s * cost_rate)
 
     def _rows(self, result: pq.abc.PGresult) -> Rows:
         transformer = adapt.Transformer(self)
@@ -261,10 +279,16 @@ class NodeConnection:
             self._discard()
 
     def _discard(self) -> None:
-        link, self._link = self._link, None
+        link = self._let_go()
         if link is not None:
             _shut_down(link)
             link.finish()
+
+    def _let_go(self) -> pq.abc.PGconn | None:
+        if self._meter is not None:
+            self._meter.close()
+        link, self._link, self._meter = self._link, None, None
+        return link
 
     async def close(self) -> None:
         """End the connection and any pending attempt."""
@@ -274,7 +298,7 @@ class NodeConnection:
                 attempt.cancel()
                 with contextlib.suppress(asyncio.CancelledError, psycopg.Error, PgherdError):
                     await attempt
-            link, self._link = self._link, None
+            link = self._let_go()
             if link is not None:
                 link.finish()
 

@@ -19,7 +19,7 @@ _GRACE: Final = 0.5  # of the fastest interval: a tick that comes this much earl
 class Rhythm:
     """The due times of one node's probes, by monotonic seconds."""
 
-    def __init__(self, intervals_s: Mapping[Tier, float]) -> None:
+    def __init__(self, intervals_s: Mapping[str, float]) -> None:
         self._intervals_s = intervals_s
         self._grace_s = _GRACE * min(intervals_s.values())
         self._due_mono_s: dict[str, float] = {}
