@@ -101,7 +101,7 @@ _RULE = "groups:\n- name: g\n  rules:\n  - alert: A\n    expr: up == 0\n"
         (_RULE + "    fro: 5m", 6, "unknown key 'fro'"),
         (_RULE + "    labels: {alertname: B}", 6, "can't be a name in labels"),
         (_RULE + "    labels: {a-b: B}", 6, "can't be a name in labels"),
-        (_RULE + "    annotations:\n      a: x\n      b: '{{ query \"up\" }}'", 8, "query isn't supported"),
+        (_RULE + "    annotations:\n      a: x\n      b: '{{ nobody \"up\" }}'", 8, "function nobody isn't defined"),
         (_RULE + "  - alert: A\n    expr: up == 1", 6, "already defined at r.yaml:4"),
     ],
 )

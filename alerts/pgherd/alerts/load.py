@@ -53,7 +53,7 @@ def load_rules(
     if builtin:
         groups += parse_rules(builtin_text(), "builtin.yaml", interval_ns=interval_ns, check_expression=check_expression)
     for file in files:
-        groups += parse_rules(_read(file), str(file), interval_ns=interval_ns, check_expression=check_expression)
+        groups += parse_rules(read_text(file), str(file), interval_ns=interval_ns, check_expression=check_expression)
     _refuse_repeated(groups)
     return tuple(groups)
 
@@ -63,17 +63,18 @@ def builtin_text() -> str:
     return (resources.files("pgherd.alerts") / "rules" / "builtin.yaml").read_text(encoding="utf-8")
 
 
-def parse_rules(text: str, file: str, *, interval_ns: int, check_expression: CheckExpression) -> tuple[Group, ...]:
-    """The groups of one rule file; `file` is the name that errors show. Raises ConfigError rules.invalid."""
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = mark.line + 1 if mark is not None else 1
-        raise _invalid(f"{file}:{line}", f"not YAML: {getattr(error, 'problem', None) or error}") from error
+def parse_rules(
+    text: str, file: str, *, interval_ns: int, check_expression: CheckExpression, repeats: bool = False
+) -> tuple[Group, ...]:
+    """The groups of one rule file; `file` is the name that errors show.
+
+    `repeats` allows rules of one name with equal labels, as Prometheus does; the collector can't tell their alerts apart.
+    Raises ConfigError rules.invalid.
+    """
+    top = _File(file, check_expression, interval_ns)
+    root = top.compose(text)
     if root is None:
         return ()
-    top = _File(file, check_expression, interval_ns)
     members = top.mapping(root, ("groups",), "the file")
     groups = tuple(top.group(node) for node in top.sequence(members["groups"], "groups")) if "groups" in members else ()
     names: dict[str, Group] = {}
@@ -81,11 +82,13 @@ def parse_rules(text: str, file: str, *, interval_ns: int, check_expression: Che
         if group.name in names:
             raise _invalid(file, f"group {group.name!r} appears twice in this file")
         names[group.name] = group
-    _refuse_repeated(groups)
+    if not repeats:
+        _refuse_repeated(groups)
     return groups
 
 
-def _read(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """A rule or test file's content. Raises ConfigError config.unreadable | rules.invalid."""
     try:
         content = file.read_bytes()
         if len(content) > _FILE_BYTES_MAX:
@@ -95,7 +98,7 @@ def _read(file: Path) -> str:
         raise ConfigError(
             "config.unreadable",
             f"can't read the rule file {file}: {error.strerror}",
-            hint="check alerts.rule_files and the file's owner",
+            hint="check the path (alerts.rule_files) and the file's owner",
             path=str(file),
         ) from error
     except UnicodeDecodeError as error:
@@ -125,13 +128,27 @@ def _invalid(
     return ConfigError("rules.invalid", f"{where}: {problem}", hint=hint, where=where)
 
 
-class _File:
+class YamlReader:
     """Reads the nodes of one file; knows what to call a line."""
 
-    def __init__(self, name: str, check_expression: CheckExpression, interval_ns: int) -> None:
+    def __init__(self, name: str) -> None:
         self._name = name
-        self._check_expression = check_expression
-        self._interval_ns = interval_ns
+
+    def compose(self, text: str) -> yaml.Node | None:
+        """The document's root; None for an empty one. Raises ConfigError rules.invalid."""
+        try:
+            return yaml.compose(text, Loader=yaml.SafeLoader)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            line = mark.line + 1 if mark is not None else 1
+            raise _invalid(f"{self._name}:{line}", f"not YAML: {getattr(error, 'problem', None) or error}") from error
+
+    def invalid(self, node: yaml.Node | None, problem: str) -> ConfigError:
+        """The complaint about a node, or about the file."""
+        return _invalid(self._name if node is None else self.where(node), problem)
+
+    def is_null(self, node: yaml.Node) -> bool:
+        return node.tag == "tag:yaml.org,2002:null"
 
     def where(self, node: yaml.Node) -> str:
         return f"{self._name}:{node.start_mark.line + 1}"
@@ -173,6 +190,30 @@ class _File:
             return parse_duration_ns(self.text(members[key], key))
         except ValueError as error:
             raise _invalid(self.where(members[key]), f"{key}: {error}") from error
+
+    def texts(self, node: yaml.Node | None, what: str) -> dict[str, yaml.Node]:
+        """Names and text nodes of labels or annotations."""
+        if node is None:
+            return {}
+        found: dict[str, yaml.Node] = {}
+        for name, value in self.mapping(node, None, what).items():
+            if _LABEL_NAME_RE.fullmatch(name) is None or name in (
+                NAME_LABEL,
+                *((ALERT_NAME_LABEL,) if what == "labels" else ()),
+            ):
+                raise _invalid(self.where(value), f"{name!r} can't be a name in {what}")
+            self.text(value, name)
+            found[name] = value
+        return found
+
+
+class _File(YamlReader):
+    """Reads a rule file."""
+
+    def __init__(self, name: str, check_expression: CheckExpression, interval_ns: int) -> None:
+        super().__init__(name)
+        self._check_expression = check_expression
+        self._interval_ns = interval_ns
 
     def group(self, node: yaml.Node) -> Group:
         members = self.mapping(node, _GROUP_KEYS, "a group")
@@ -229,21 +270,6 @@ class _File:
             raise _invalid(self.where(members["record"]), f"{name!r} can't be a metric's name")
         texts = {label: self.text(value, label) for label, value in labels.items()}
         return RecordingRule(group, name, expr, texts, self.where(node))
-
-    def texts(self, node: yaml.Node | None, what: str) -> dict[str, yaml.Node]:
-        """Names and text nodes of labels or annotations."""
-        if node is None:
-            return {}
-        found: dict[str, yaml.Node] = {}
-        for name, value in self.mapping(node, None, what).items():
-            if _LABEL_NAME_RE.fullmatch(name) is None or name in (
-                NAME_LABEL,
-                *((ALERT_NAME_LABEL,) if what == "labels" else ()),
-            ):
-                raise _invalid(self.where(value), f"{name!r} can't be a name in {what}")
-            self.text(value, name)
-            found[name] = value
-        return found
 
     def templates(self, texts: dict[str, yaml.Node]) -> dict[str, Template]:
         return {name: compile_template(self.text(value, name), where=self.where(value)) for name, value in texts.items()}

@@ -38,7 +38,7 @@ from pgherd.alerts.model import (
     fingerprint_of,
     transition_id,
 )
-from pgherd.alerts.template import TemplateData, expand
+from pgherd.alerts.template import NOWHERE, Surroundings, TemplateData, expand
 from pgherd.proto.errors import PreconditionError
 from pgherd.proto.selectors import NAME_LABEL
 
@@ -76,17 +76,26 @@ class Step:
     transitions: tuple[Transition, ...]
 
 
-def step(rule: Rule, previous: Instances, result: Sequence[QueryRow], moment: Moment, known: Known, *, limit: int = 0) -> Step:
-    """Evaluate `rule` once.
+def step(
+    rule: Rule,
+    previous: Instances,
+    result: Sequence[QueryRow],
+    moment: Moment,
+    known: Known,
+    *,
+    limit: int = 0,
+    around: Surroundings = NOWHERE,
+) -> Step:
+    """Evaluate `rule` once; `around` is what its templates may speak of.
 
     Raises PreconditionError alerts.duplicate when two rows have equal labels after templating,
     alerts.limit when more than `limit` instances would be pending or firing.
     """
-    seen = _label_rows(rule, result)
+    seen = _label_rows(rule, result, around)
     instances: dict[str, Instance] = {}
     transitions: list[Transition] = []
     for fingerprint, (labels, row) in seen.items():
-        instance = _present(rule, previous.get(fingerprint), labels, row, moment)
+        instance = _present(rule, previous.get(fingerprint), labels, row, moment, around)
         if instance.state is State.FIRING and instance.episode_unix_ns is None:
             instance = replace(instance, episode_unix_ns=moment.unix_ns)
             transitions.append(_announce(rule, instance, TransitionKind.FIRING))
@@ -122,11 +131,11 @@ def retire(rule_id: str, previous: Instances, unix_ns: int) -> tuple[Transition,
     )
 
 
-def _label_rows(rule: Rule, result: Sequence[QueryRow]) -> dict[str, tuple[Mapping[str, str], QueryRow]]:
+def _label_rows(rule: Rule, result: Sequence[QueryRow], around: Surroundings) -> dict[str, tuple[Mapping[str, str], QueryRow]]:
     seen: dict[str, tuple[Mapping[str, str], QueryRow]] = {}
     for row in result:
-        data = TemplateData(_without_name(row.labels), row.value)
-        labels = dict(data.labels)
+        data = TemplateData(row.labels, row.value, around)
+        labels = {name: value for name, value in row.labels.items() if name != NAME_LABEL}
         for name, template in rule.labels.items():
             labels[name] = expand(template, data)
         labels[ALERT_NAME_LABEL] = rule.alert
@@ -143,8 +152,10 @@ def _label_rows(rule: Rule, result: Sequence[QueryRow]) -> dict[str, tuple[Mappi
     return seen
 
 
-def _present(rule: Rule, before: Instance | None, labels: Mapping[str, str], row: QueryRow, moment: Moment) -> Instance:
-    data = TemplateData(_without_name(row.labels), row.value)
+def _present(
+    rule: Rule, before: Instance | None, labels: Mapping[str, str], row: QueryRow, moment: Moment, around: Surroundings
+) -> Instance:
+    data = TemplateData(row.labels, row.value, around)
     annotations = {name: expand(template, data) for name, template in rule.annotations.items()}
     if before is None or before.state in (State.RESOLVED, State.UNKNOWN):
         after = Instance(
@@ -211,7 +222,3 @@ def _announcement(rule_id: str, expr: str, instance: Instance, kind: TransitionK
         reason=reason,
         expr=expr,
     )
-
-
-def _without_name(labels: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in labels.items() if name != NAME_LABEL}

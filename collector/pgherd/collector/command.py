@@ -44,19 +44,19 @@ class CollectorContext:
 @click.pass_context
 def collector(ctx: click.Context, config_file: Path | None, state_directory: Path | None) -> None:
     """Make a herd and serve it."""
-    _require_libraries()
+    require_libraries("pgherd collector")
     flags: dict[str, object] = {"state_directory": str(state_directory.absolute())} if state_directory else {}
     as_json = bool(getattr(ctx.obj, "json", False))
     ctx.obj = CollectorContext(config_file.absolute() if config_file else None, flags, json=as_json)
 
 
-def _require_libraries() -> None:
-    """End with config.missing_extra when this is a base install: this command ships with it, its libraries don't."""
+def require_libraries(verb: str) -> None:
+    """End with config.missing_extra when this is a base install: `verb` ships with it, its libraries don't."""
     missing = [name for name in _LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
         error = ConfigError(
             "config.missing_extra",
-            f"`pgherd collector` needs {', '.join(missing)}, which a base install doesn't bring",
+            f"`{verb}` needs {', '.join(missing)}, which a base install doesn't bring",
             hint="pip install 'pgherd[collector]'",
         )
         render_error(error, as_json=False)

@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 
-from pgherd.alerts.template import go_float
+from pgherd.alerts.gotemplate.gofmt import go_float
 from pgherd.collector.alerting.evaluation import Evaluator
 from pgherd.collector.alerting.outbox import OutboxWorker
 from pgherd.collector.control.herd import Herd

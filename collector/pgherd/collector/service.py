@@ -170,6 +170,7 @@ class Collector:
             clock=clock,
             receivers=[receiver.name for receiver in receivers],
             recorded=recorded,
+            external_url=config.alerts.external_url,
             committed=self.outbox.wake,
         )
         self.heartbeats = HeartbeatSeries(

@@ -35,6 +35,7 @@ class Evaluator:
         clock: Clock,
         receivers: Sequence[str],
         recorded: RecordedSeries | None = None,
+        external_url: str = "",
         inputs: Inputs = metric_names,
         committed: Callable[[], None] = lambda: None,
         pending_max: int = 10_000,
@@ -49,7 +50,8 @@ class Evaluator:
         self._committed = committed
         self._pending_max = pending_max
         self._evaluations = tuple(
-            GroupEvaluation(group, store, query, facts, inputs, receivers, recorded, pending_max) for group in groups
+            GroupEvaluation(group, store, query, facts, inputs, receivers, recorded, external_url, pending_max)
+            for group in groups
         )
 
     def status(self) -> tuple[GroupStatus, ...]:

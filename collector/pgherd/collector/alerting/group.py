@@ -16,6 +16,7 @@ from pgherd.alerts.knowledge import Knowledge
 from pgherd.alerts.model import Group, Instance, QueryRow, RecordingRule, Rule, Transition
 from pgherd.alerts.recording import ALERTS, ALERTS_FOR_STATE, Labels, alert_series, canonical, record
 from pgherd.alerts.state import Known, Moment, step
+from pgherd.alerts.template import Surroundings
 from pgherd.collector.alerting import rows
 from pgherd.collector.alerting.query import Query
 from pgherd.collector.alerting.recorded import Point, RecordedSeries
@@ -104,6 +105,7 @@ class GroupEvaluation:
         inputs: Inputs,
         receivers: Sequence[str],
         recorded: RecordedSeries | None,
+        external_url: str,
         pending_max: int,
     ) -> None:
         self._store = store
@@ -112,6 +114,7 @@ class GroupEvaluation:
         self._inputs = inputs
         self._receivers = tuple(receivers)
         self._recorded = recorded
+        self._external_url = external_url
         self._pending_max = pending_max
         self._stepped_mono_s: dict[str, float] = {}  # rule id → slot of its last committed evaluation
         self._in_doubt = False  # a commit failed: what is stored may be either
@@ -271,7 +274,8 @@ class GroupEvaluation:
             at_ms = self._read_ms(unix_ns)
             result = [QueryRow(labels, value) for labels, value in self._query(rule.expr, at_ms)]
             known = self._known(rule, at_ms, facts)
-            outcome = step(rule, status.instances, result, moment, known, limit=group.limit)
+            around = Surroundings(self._external_url, {}, lambda expr: self._query(expr, at_ms), unix_ns)
+            outcome = step(rule, status.instances, result, moment, known, limit=group.limit, around=around)
             points += self._change(rule.id, alert_series(outcome.instances.values()), at_ms)
         # The guard of the loop over rules: whatever one rule does, the others are evaluated.
         except Exception as error:  # noqa: BLE001

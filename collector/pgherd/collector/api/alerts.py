@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query
 
+from pgherd.alerts.gotemplate.gofmt import go_float
 from pgherd.alerts.model import Instance, State
 from pgherd.alerts.notification import rfc3339
-from pgherd.alerts.template import go_float
 from pgherd.collector.alerting.evaluation import Evaluator
 from pgherd.collector.alerting.group import GroupStatus, RecordingStatus, RuleStatus
 

@@ -1,0 +1,1 @@
+"""Go's text/template, as far as alert rules use it: parsed once, expanded with functions and data. Pure."""
