@@ -64,6 +64,7 @@ class QueryConfig:
 
     timeout: Duration = 30.0
     lookback: Duration = 300.0
+    subquery_step: Duration = 60.0  # of subqueries without a resolution
     samples_max: int = 50_000_000
     points_per_series_max: int = 11_000
     concurrency: int = 4

@@ -160,7 +160,11 @@ class Collector:
             recorded,
             clock,
             timeout_s=config.query.timeout,
-            limits=Limits(lookback_ms=int(config.query.lookback * 1000), samples_max=config.query.samples_max),
+            limits=Limits(
+                lookback_ms=round(config.query.lookback * 1000),
+                subquery_step_ms=round(config.query.subquery_step * 1000),
+                samples_max=config.query.samples_max,
+            ),
         )
         self.evaluator = Evaluator(
             groups=groups,

@@ -72,6 +72,25 @@ class AggregateOp(StrEnum):
     GROUP = "group"
     STDDEV = "stddev"
     STDVAR = "stdvar"
+    QUANTILE = "quantile"
+    TOPK = "topk"
+    BOTTOMK = "bottomk"
+    LIMITK = "limitk"
+    COUNT_VALUES = "count_values"
+
+
+class Anchor(StrEnum):
+    """What `@ start()` and `@ end()` mean: the first or the last step of the whole query."""
+
+    START = "start"
+    END = "end"
+
+
+class ManySide(StrEnum):
+    """Which side of a binary operator may have several elements for one of the other, by its modifier."""
+
+    LEFT = "group_left"
+    RIGHT = "group_right"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +113,7 @@ class VectorSelector:
 
     matchers: tuple[Matcher, ...]
     offset_ms: int = 0
+    at: int | Anchor | None = None  # `@` in milliseconds, instead of the evaluation's own time
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +125,20 @@ class MatrixSelector:
 
 
 @dataclass(frozen=True, slots=True)
+class Subquery:
+    """`operand[range:step]`: an instant vector at every multiple of the step within `(t - range_ms, t]`.
+
+    Without a step it is the configured default resolution.
+    """
+
+    operand: Expr
+    range_ms: int
+    step_ms: int | None
+    offset_ms: int = 0
+    at: int | Anchor | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Negation:
     """Unary minus."""
 
@@ -113,10 +147,15 @@ class Negation:
 
 @dataclass(frozen=True, slots=True)
 class Matching:
-    """How the elements of two vectors find each other: equal on these labels, or on all but these."""
+    """How the elements of two vectors find each other: equal on these labels, or on all but these.
+
+    With a `many` side, results keep that side's labels and take those of `include` from the other.
+    """
 
     on: bool
     labels: tuple[str, ...]
+    many: ManySide | None = None
+    include: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +171,13 @@ class Binary:
 
 @dataclass(frozen=True, slots=True)
 class Aggregate:
-    """`op by|without (labels) (operand)`."""
+    """`op by|without (labels) (parameter, operand)`; the parameter is a scalar or, for count_values, a string."""
 
     op: AggregateOp
     operand: Expr
     labels: tuple[str, ...] = ()
     without: bool = False
+    parameter: Expr | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +189,7 @@ class Call:
     returns: ValueType
 
 
-Expr = NumberLiteral | StringLiteral | VectorSelector | MatrixSelector | Negation | Binary | Aggregate | Call
+Expr = NumberLiteral | StringLiteral | VectorSelector | MatrixSelector | Subquery | Negation | Binary | Aggregate | Call
 
 
 def value_type(expr: Expr) -> ValueType:
@@ -161,7 +201,7 @@ def value_type(expr: Expr) -> ValueType:
             return ValueType.STRING
         case VectorSelector() | Aggregate():
             return ValueType.VECTOR
-        case MatrixSelector():
+        case MatrixSelector() | Subquery():
             return ValueType.MATRIX
         case Negation():
             return value_type(expr.operand)
@@ -175,8 +215,10 @@ def value_type(expr: Expr) -> ValueType:
 def children(expr: Expr) -> tuple[Expr, ...]:
     """The direct operands of `expr`; a matrix selector is a leaf."""
     match expr:
-        case Negation() | Aggregate():
+        case Negation() | Subquery():
             return (expr.operand,)
+        case Aggregate():
+            return (expr.operand,) if expr.parameter is None else (expr.parameter, expr.operand)
         case Binary():
             return (expr.left, expr.right)
         case Call():

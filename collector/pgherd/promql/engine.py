@@ -10,15 +10,16 @@ Properties that hold for every expression (tests/unit/test_promql_properties.py)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from pgherd.promql.aggregate import aggregate
+from pgherd.promql.annotations import Annotations
 from pgherd.promql.ast import (
     Aggregate,
+    AggregateOp,
     Binary,
     Call,
     Expr,
@@ -26,22 +27,30 @@ from pgherd.promql.ast import (
     Negation,
     NumberLiteral,
     StringLiteral,
+    Subquery,
     ValueType,
     VectorSelector,
     value_type,
-    walk,
 )
-from pgherd.promql.functions import INSTANT_FUNCTIONS, as_scalar, as_vector
-from pgherd.promql.grid import Floats, Grid, Integers, Labels, ScalarGrid, StringValue, VectorGrid
-from pgherd.promql.matching import combine_sets, one_to_one
+from pgherd.promql.choices import choose, count_values
+from pgherd.promql.fetch import Fetch, fetch_all, fetch_of, too_many_samples
+from pgherd.promql.functions import INSTANT_FUNCTIONS, Setting, as_scalar, as_text, as_vector
+from pgherd.promql.grid import Grid, Integers, Labels, ScalarGrid, StringValue, VectorGrid
+from pgherd.promql.matching import combine, combine_sets
+from pgherd.promql.moments import Horizon, inner_steps, looked_at
 from pgherd.promql.operators import between_scalars, with_scalar
 from pgherd.promql.parse import parse
-from pgherd.promql.range_functions import RANGE_FUNCTIONS, RangeFunctionInfo, quantile_of
-from pgherd.promql.source import TIME_MAX_MS, SeriesSource
+from pgherd.promql.quantiles import judge_quantile
+from pgherd.promql.range_functions import RANGE_FUNCTIONS, RangeFunctionInfo
+from pgherd.promql.source import SeriesSource
 from pgherd.promql.values import Matrix, Scalar, Series, String, Value, Vector, VectorSample
-from pgherd.promql.windows import Checkpoint, RangeFunction, RangeWindow, Selection, arrange, instant_vector, range_vector
+from pgherd.promql.windows import Checkpoint, Selection, arrange, as_selection, instant_vector, newest_times, range_vector
 from pgherd.proto.errors import ConfigError, InvariantError, PreconditionError
-from pgherd.proto.selectors import NAME_LABEL, Matcher, MatchOp
+from pgherd.proto.selectors import NAME_LABEL, MatchOp
+
+# Metrics whose names say that they only grow; Prometheus informs when rate() meets another.
+_COUNTER_SUFFIXES = ("_total", "_sum", "_count", "_bucket")
+_CHOICES = frozenset((AggregateOp.TOPK, AggregateOp.BOTTOMK, AggregateOp.LIMITK))
 
 
 def no_checkpoint() -> None:
@@ -50,13 +59,15 @@ def no_checkpoint() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds of one evaluation.
+    """Bounds and defaults of one evaluation.
 
-    `samples_max` bounds the samples fetched and the cells (series × steps) of each selector. `checkpoint` is called
-    between nodes and between chunks of work; it raises (`query.timeout`) to end the evaluation.
+    `samples_max` bounds the samples fetched and the cells (series × steps) held at any moment, subqueries included.
+    `subquery_step_ms` is the resolution of subqueries that name none. `checkpoint` is called between nodes and between
+    chunks of work; it raises (`query.timeout`) to end the evaluation.
     """
 
     lookback_ms: int = 300_000
+    subquery_step_ms: int = 60_000
     samples_max: int = 50_000_000
     points_per_series_max: int = 11_000
     checkpoint: Checkpoint = no_checkpoint
@@ -65,16 +76,21 @@ class Limits:
 DEFAULT_LIMITS = Limits()
 
 
-def evaluate_instant(expr_text: str, at_ms: int, source: SeriesSource, limits: Limits = DEFAULT_LIMITS) -> Value:
-    """The value of an expression at one moment.
+def evaluate_instant(
+    expr_text: str,
+    at_ms: int,
+    source: SeriesSource,
+    limits: Limits = DEFAULT_LIMITS,
+    annotations: Annotations | None = None,
+) -> Value:
+    """The value of an expression at one moment; warnings and infos go into `annotations`.
 
     Raises `promql.parse`, `promql.unsupported`, `promql.execution` (labels that collide), `promql.limit`, and whatever
     the source and the checkpoint raise.
     """
     expr = parse(expr_text)
-    steps = np.array([at_ms], dtype=np.int64)
-    evaluation = _prepare(expr, steps, source, limits)
-    if isinstance(expr, MatrixSelector):
+    evaluation = _prepare(expr, np.array([at_ms], dtype=np.int64), source, limits, annotations)
+    if value_type(expr) is ValueType.MATRIX:
         return evaluation.samples_of(expr)
     match evaluation.run(expr):
         case StringValue(value=text):
@@ -82,12 +98,18 @@ def evaluate_instant(expr_text: str, at_ms: int, source: SeriesSource, limits: L
         case ScalarGrid(values=values):
             return Scalar(at_ms, float(values[0]))
         case VectorGrid() as grid:
-            rows = [int(row) for row in np.flatnonzero(grid.present[:, 0])]
-            return Vector(at_ms, [VectorSample(dict(grid.labels[row]), float(grid.values[row, 0])) for row in rows])
+            found = zip(grid.labels, grid.present[:, 0].tolist(), grid.values[:, 0].tolist(), strict=True)
+            return Vector(at_ms, [VectorSample(dict(labels), value) for labels, present, value in found if present])
 
 
 def evaluate_range(
-    expr_text: str, start_ms: int, end_ms: int, step_ms: int, source: SeriesSource, limits: Limits = DEFAULT_LIMITS
+    expr_text: str,
+    start_ms: int,
+    end_ms: int,
+    step_ms: int,
+    source: SeriesSource,
+    limits: Limits = DEFAULT_LIMITS,
+    annotations: Annotations | None = None,
 ) -> Matrix:
     """The values of a scalar or instant-vector expression at start, start + step, … up to and including end.
 
@@ -100,7 +122,7 @@ def evaluate_range(
         name = "range vector" if found is ValueType.MATRIX else "string"
         raise ConfigError("promql.parse", f'invalid expression type "{name}" for range query, must be Scalar or instant Vector')
     steps = np.arange(start_ms, end_ms + 1, step_ms, dtype=np.int64)
-    result = _prepare(expr, steps, source, limits).run(expr)
+    result = _prepare(expr, steps, source, limits, annotations).run(expr)
     if isinstance(result, ScalarGrid):
         return Matrix([Series({}, steps, result.values)])
     grid = as_vector(result).inhabited()
@@ -132,53 +154,34 @@ def _series(labels: Labels, steps: Integers, grid: VectorGrid, row: int) -> Seri
     return Series(dict(labels), steps[present], grid.values[row][present])
 
 
-# What a selector fetches: its matchers, the closed time range, and whether stale markers matter to it.
-_Fetch = tuple[tuple[Matcher, ...], int, int, bool]
-
-
-def _fetch_of(node: VectorSelector | MatrixSelector, steps: Integers, lookback_ms: int) -> _Fetch:
-    """The smallest closed range that holds every left-open window of a selector."""
-    selector, reach_ms = (node, lookback_ms) if isinstance(node, VectorSelector) else (node.selector, node.range_ms)
-    first = int(steps[0]) - selector.offset_ms - reach_ms + 1
-    last = int(steps[-1]) - selector.offset_ms
-    return (selector.matchers, _storable_ms(first), _storable_ms(last), isinstance(node, MatrixSelector))
-
-
-def _storable_ms(moment_ms: int) -> int:
-    return max(-TIME_MAX_MS, min(TIME_MAX_MS, moment_ms))
-
-
-def _prepare(expr: Expr, steps: Integers, source: SeriesSource, limits: Limits) -> _Evaluation:
+def _prepare(expr: Expr, steps: Integers, source: SeriesSource, limits: Limits, annotations: Annotations | None) -> _Evaluation:
     """Fetch for every selector of the expression."""
-    selections: dict[_Fetch, Selection] = {}
-    fetched = 0
-    for node in walk(expr):
-        if not isinstance(node, VectorSelector | MatrixSelector):
-            continue
-        key = _fetch_of(node, steps, limits.lookback_ms)
-        if key in selections:
-            continue
-        limits.checkpoint()
-        matchers, first_ms, last_ms, drop_stale = key
-        series = source.select(matchers, first_ms, last_ms)
-        fetched += sum(len(window.times_ms) for window in series)
-        if fetched > limits.samples_max or len(series) * len(steps) > limits.samples_max:
-            raise PreconditionError(
-                "promql.limit",
-                f"query processing would load too many samples into memory (more than {limits.samples_max})",
-                hint="select fewer series, a shorter range or a larger step",
-            )
-        selections[key] = arrange(series, drop_stale=drop_stale)
-    return _Evaluation(steps, limits, selections)
+    horizon = Horizon(int(steps[0]), int(steps[-1]), limits.lookback_ms, limits.subquery_step_ms, limits.samples_max)
+    selections, fetched = fetch_all(expr, steps, horizon, source, limits.samples_max, limits.checkpoint)
+    setting = Setting(steps, annotations if annotations is not None else Annotations())
+    return _Evaluation(setting, horizon, limits, selections, _Held(fetched))
+
+
+@dataclass(slots=True)
+class _Held:
+    """How many samples and cells are in memory now."""
+
+    cells: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Evaluation:
-    """One query in progress: its steps and everything it fetched."""
+    """One query in progress: its steps and everything it fetched. A subquery is an evaluation of its own."""
 
-    steps: Integers
+    setting: Setting
+    horizon: Horizon
     limits: Limits
-    selections: Mapping[_Fetch, Selection]
+    selections: Mapping[Fetch, Selection]
+    held: _Held
+
+    @property
+    def steps(self) -> Integers:
+        return self.setting.steps
 
     def run(self, expr: Expr) -> Grid:
         """The whole expression."""
@@ -190,13 +193,16 @@ class _Evaluation:
             except MemoryError:
                 raise PreconditionError("promql.limit", "the query needs more memory than there is") from None
 
-    def samples_of(self, node: MatrixSelector) -> Matrix:
-        """The raw samples of a range selector, as an instant query of it answers."""
-        low_ms = int(self.steps[0]) - node.selector.offset_ms - node.range_ms
-        selection = self._selection(node)
+    def samples_of(self, node: Expr) -> Matrix:
+        """The samples of a range selector or a subquery, as an instant query of it answers."""
+        if not isinstance(node, MatrixSelector | Subquery):
+            raise InvariantError("invariant.broken", f"{type(node).__name__} has no samples")
+        with np.errstate(all="ignore"):
+            selection = self._samples(node)
+        end_ms = int(looked_at(_placed(node), self.steps, self.horizon)[0])
         found: list[tuple[Labels, Series]] = []
         for block in selection.blocks:
-            inside = (block.times_ms > low_ms) & (block.times_ms <= low_ms + node.range_ms)
+            inside = (block.times_ms > end_ms - node.range_ms) & (block.times_ms <= end_ms)
             if not inside.any():
                 continue
             for row, values in zip(block.rows, block.values, strict=True):
@@ -205,28 +211,47 @@ class _Evaluation:
         return Matrix([series for _, series in sorted(found, key=lambda pair: pair[0])])
 
     def _value(self, expr: Expr) -> Grid:
+        """A node's value. Its operands are let go of when it is known; until then they count as held."""
         self.limits.checkpoint()
+        before = self.held.cells
+        grid = self._computed(expr)
+        self.held.cells = before + (0 if isinstance(grid, StringValue) else grid.values.size)
+        if self.held.cells > self.limits.samples_max:
+            raise too_many_samples(self.limits.samples_max)
+        return grid
+
+    def _computed(self, expr: Expr) -> Grid:
         match expr:
             case NumberLiteral():
                 return ScalarGrid(np.full(len(self.steps), expr.value))
             case StringLiteral():
                 return StringValue(expr.value)
             case VectorSelector():
-                at_ms = self.steps - expr.offset_ms
-                return instant_vector(self._selection(expr), at_ms, self.limits.lookback_ms, self.limits.checkpoint)
+                moments_ms = looked_at(expr, self.steps, self.horizon)
+                return instant_vector(self._fetched(expr), moments_ms, self.limits.lookback_ms, self.limits.checkpoint)
             case Negation():
                 return self._negation(expr)
             case Binary():
                 return self._binary(expr)
             case Aggregate():
-                return aggregate(expr, as_vector(self._value(expr.operand)))
+                return self._aggregate(expr)
             case Call():
                 return self._call(expr)
-            case MatrixSelector():
+            case MatrixSelector() | Subquery():
                 raise InvariantError("invariant.broken", "a range vector outside of a function")
 
-    def _selection(self, node: VectorSelector | MatrixSelector) -> Selection:
-        return self.selections[_fetch_of(node, self.steps, self.limits.lookback_ms)]
+    def _fetched(self, node: VectorSelector | MatrixSelector) -> Selection:
+        return self.selections[fetch_of(node, self.steps, self.horizon)]
+
+    def _samples(self, node: MatrixSelector | Subquery) -> Selection:
+        """What a range function reads: fetched samples, or a subquery's values at its own steps."""
+        if isinstance(node, MatrixSelector):
+            return self._fetched(node)
+        steps = inner_steps(node, self.steps, self.horizon)
+        if not len(steps):
+            return arrange((), drop_stale=True)
+        inner = replace(self, setting=replace(self.setting, steps=steps))
+        return as_selection(as_vector(inner._value(node.operand)), steps)
 
     def _negation(self, expr: Negation) -> Grid:
         operand = self._value(expr.operand)
@@ -247,47 +272,80 @@ class _Evaluation:
             raise InvariantError("invariant.broken", "two vectors without a matching")
         if expr.op.is_set:
             return combine_sets(expr.op, as_vector(left), as_vector(right), expr.matching)
-        return one_to_one(expr.op, as_vector(left), as_vector(right), expr.matching, return_bool=expr.return_bool)
+        cells_max = self.limits.samples_max
+        sides = as_vector(left), as_vector(right)
+        return combine(expr.op, *sides, expr.matching, return_bool=expr.return_bool, cells_max=cells_max)
+
+    def _aggregate(self, expr: Aggregate) -> VectorGrid:
+        if expr.parameter is None:
+            return aggregate(expr, as_vector(self._value(expr.operand)))
+        parameter, vector = self._value(expr.parameter), as_vector(self._value(expr.operand))
+        if expr.op is AggregateOp.COUNT_VALUES:
+            return count_values(expr, as_text(parameter), vector, self.limits.samples_max, self.limits.checkpoint)
+        if expr.op in _CHOICES:
+            return choose(expr, as_scalar(parameter).values, vector)
+        quantile = as_scalar(parameter).values
+        if len(vector.labels):
+            judge_quantile(quantile, self.setting.annotations)
+        return aggregate(expr, vector, quantile)
 
     def _call(self, expr: Call) -> Grid:
         match expr:
             case Call(function="absent", arguments=(operand,)):
                 return self._absence(operand, as_vector(self._value(operand)))
-            case Call(function="absent_over_time", arguments=(MatrixSelector() as operand,)):
-                return self._absence(operand, self._over_range(operand, RANGE_FUNCTIONS["present_over_time"]))
-            case Call(function="quantile_over_time", arguments=(quantile, MatrixSelector() as operand)):
-                return self._quantile(as_scalar(self._value(quantile)), operand)
-            case Call(arguments=(MatrixSelector() as operand,)) if expr.function in RANGE_FUNCTIONS:
-                return self._over_range(operand, RANGE_FUNCTIONS[expr.function])
+            case Call(function="absent_over_time", arguments=(MatrixSelector() | Subquery() as operand,)):
+                return self._absence(operand, self._over_range(operand, RANGE_FUNCTIONS["present_over_time"], ()))
+            case Call(function="timestamp", arguments=(VectorSelector() as operand,)):
+                moments_ms = looked_at(operand, self.steps, self.horizon)
+                return newest_times(self._fetched(operand), moments_ms, self.limits.lookback_ms).nameless()
+            case _ if expr.function in RANGE_FUNCTIONS:
+                return self._range_call(expr)
             case _ if expr.function in INSTANT_FUNCTIONS:
                 arguments = [self._value(argument) for argument in expr.arguments]
-                return INSTANT_FUNCTIONS[expr.function](self.steps, arguments)
+                return INSTANT_FUNCTIONS[expr.function](self.setting, arguments)
             case _:
-                raise ConfigError(
-                    "promql.unsupported",
-                    f"{expr.function}() of this argument: valid PromQL that this version of pgherd doesn't evaluate",
-                    feature=expr.function,
-                )
+                raise InvariantError("invariant.broken", f"{expr.function}() passed the parser")
 
-    def _over_range(self, node: MatrixSelector, info: RangeFunctionInfo) -> VectorGrid:
-        grid = self._windowed(node, info.compute, info.samples_min)
+    def _range_call(self, expr: Call) -> VectorGrid:
+        """A function of one range vector and perhaps some scalars."""
+        (node,) = (argument for argument in expr.arguments if isinstance(argument, MatrixSelector | Subquery))
+        scalars = [as_scalar(self._value(argument)) for argument in expr.arguments if argument is not node]
+        if expr.function == "quantile_over_time":
+            judge_quantile(scalars[0].values, self.setting.annotations)
+        return self._over_range(node, RANGE_FUNCTIONS[expr.function], scalars)
+
+    def _over_range(
+        self, node: MatrixSelector | Subquery, info: RangeFunctionInfo, scalars: Sequence[ScalarGrid]
+    ) -> VectorGrid:
+        grid = range_vector(
+            self._samples(node),
+            self.steps,
+            looked_at(_placed(node), self.steps, self.horizon),
+            node.range_ms,
+            lambda window: info.compute(window, *(scalar.values[window.steps] for scalar in scalars)),
+            info.samples_min,
+            self.limits.checkpoint,
+        )
+        if info.wants_counter:
+            self._judge_counters(grid)
         return grid if info.keeps_name else grid.nameless()
 
-    def _windowed(self, node: MatrixSelector, compute: RangeFunction, samples_min: int) -> VectorGrid:
-        at_ms = self.steps - node.selector.offset_ms
-        return range_vector(self._selection(node), at_ms, node.range_ms, compute, samples_min, self.limits.checkpoint)
-
-    def _quantile(self, quantile: ScalarGrid, node: MatrixSelector) -> VectorGrid:
-        return self._windowed(node, partial(self._quantile_of, quantile, node.selector.offset_ms), 1).nameless()
-
-    def _quantile_of(self, quantile: ScalarGrid, offset_ms: int, window: RangeWindow) -> Floats:
-        steps = np.searchsorted(self.steps, window.end_ms + offset_ms)
-        return quantile_of(window, quantile.values[steps])
+    def _judge_counters(self, grid: VectorGrid) -> None:
+        for name in sorted({dict(labels).get(NAME_LABEL, "") for labels in grid.labels}):
+            if name and not name.endswith(_COUNTER_SUFFIXES):
+                self.setting.annotations.inform(
+                    f'metric might not be a counter, name does not end in _total/_sum/_count/_bucket: "{name}"'
+                )
 
     def _absence(self, operand: Expr, vector: VectorGrid) -> VectorGrid:
         """1 with the labels that the selector fixes, wherever the vector has no element."""
         missing = ~vector.inhabited_steps()[np.newaxis, :]
         return VectorGrid([_fixed_labels(operand)], np.ones(missing.shape), missing).inhabited()
+
+
+def _placed(node: MatrixSelector | Subquery) -> VectorSelector | Subquery:
+    """What carries a range vector's offset and `@`."""
+    return node.selector if isinstance(node, MatrixSelector) else node
 
 
 def _fixed_labels(operand: Expr) -> Labels:

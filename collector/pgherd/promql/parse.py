@@ -3,7 +3,7 @@
 The package parses and type-checks; this adapter maps its tree, refuses what the engine doesn't evaluate by
 name (`promql.unsupported`) and keeps hostile text away from it. Three of its faults are worked round here, each
 seen with 0.12.0: nesting or operator chains of some thousands overflow its stack and kill the process; a duration of
-1e20 seconds panics; escapes inside backquotes are interpreted, though raw strings have none.
+1e20 seconds or an `@` before 1970 panics; escapes inside backquotes are interpreted, though raw strings have none.
 """
 
 from __future__ import annotations
@@ -17,19 +17,23 @@ from pgherd.promql.aggregate import SUPPORTED as AGGREGATIONS
 from pgherd.promql.ast import (
     Aggregate,
     AggregateOp,
+    Anchor,
     Binary,
     BinaryOp,
     Call,
     Expr,
+    ManySide,
     Matching,
     MatrixSelector,
     Negation,
     NumberLiteral,
     StringLiteral,
+    Subquery,
     ValueType,
     VectorSelector,
     value_type,
 )
+from pgherd.promql.durations import MAGNITUDE_MAX_MS
 from pgherd.promql.functions import SUPPORTED as FUNCTIONS
 from pgherd.proto.errors import ConfigError
 from pgherd.proto.selectors import NAME_LABEL, Matcher, MatchOp
@@ -45,6 +49,7 @@ _TOKEN = re.compile(
       | (?P<comment>\#[^\n]*)
       | (?P<number>(?<![\w.])(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?(?![\w.]))
       | (?P<word>[A-Za-z_:][\w:]*)
+      | (?P<at>@)
       | (?P<operator>[-+*/%^<>(]|==|!=)
       | (?P<bracket>\[[^\]]*)""",
     re.VERBOSE | re.DOTALL,
@@ -55,6 +60,14 @@ _MATCH_OPS = {
     str(grammar.MatchOp.NotEqual): MatchOp.NOT_EQUAL,
     str(grammar.MatchOp.Re): MatchOp.REGEX,
     str(grammar.MatchOp.NotRe): MatchOp.NOT_REGEX,
+}
+_ANCHORS = {
+    str(grammar.AtModifierType.Start): Anchor.START,
+    str(grammar.AtModifierType.End): Anchor.END,
+}
+_MANY_SIDES = {
+    str(grammar.VectorMatchCardinality.ManyToOne): ManySide.LEFT,
+    str(grammar.VectorMatchCardinality.OneToMany): ManySide.RIGHT,
 }
 _TYPES = {
     str(grammar.ValueType.Vector): ValueType.VECTOR,
@@ -84,7 +97,7 @@ def parse_selector(text: str) -> tuple[Matcher, ...]:
     Raises `promql.parse`, also for an expression that is more than a selector.
     """
     expr = parse(text)
-    if not isinstance(expr, VectorSelector) or expr.offset_ms:
+    if not isinstance(expr, VectorSelector) or expr.offset_ms or expr.at is not None:
         raise _parse_error("expected a plain series selector like up{job='pgherd'}")
     return expr.matchers
 
@@ -106,14 +119,17 @@ def _prepare(text: str) -> str:
     if len(text) > TEXT_CHARACTERS_MAX:
         raise _parse_error(f"the expression is longer than {TEXT_CHARACTERS_MAX} characters")
     operators = 0
-    duration_follows = False
+    duration_follows = time_follows = False
     pieces: list[str] = []
     done = 0
     for token in _TOKEN.finditer(text):
         found = token.group()
         if duration_follows:
             _refuse_endless(found)
+        if time_follows and found == "-":
+            raise _unsupported("the @ modifier with a time before 1970")
         if token.lastgroup != "comment":
+            time_follows = token.lastgroup == "at"
             duration_follows = found.lower() == "offset" or (duration_follows and found in "+-")
         match token.lastgroup:
             case "raw":
@@ -167,20 +183,41 @@ def _expr(node: object) -> Expr:
         case grammar.Call():
             return _call(node)
         case grammar.SubqueryExpr():
-            raise _unsupported("subqueries")
+            return Subquery(
+                _expr(node.expr),
+                _milliseconds(node.range or timedelta()),
+                None if node.step is None else _milliseconds(node.step),
+                _offset(node),
+                _at(node),
+            )
         case _:
             raise _unsupported(f"{type(node).__name__} expressions")
 
 
 def _vector_selector(node: grammar.VectorSelector) -> VectorSelector:
-    if node.at is not None:
-        raise _unsupported("the @ modifier")
     if node.matchers.or_matchers:
         raise _unsupported("'or' between label matchers")
     matchers = [Matcher(found.name, _MATCH_OPS[str(found.op)], found.value) for found in node.matchers.matchers]
     if node.name is not None:
         matchers.insert(0, Matcher(NAME_LABEL, MatchOp.EQUAL, node.name))
-    return VectorSelector(tuple(matchers), _milliseconds(node.offset) if node.offset is not None else 0)
+    return VectorSelector(tuple(matchers), _offset(node), _at(node))
+
+
+def _offset(node: grammar.VectorSelector | grammar.SubqueryExpr) -> int:
+    return _milliseconds(node.offset) if node.offset is not None else 0
+
+
+def _at(node: grammar.VectorSelector | grammar.SubqueryExpr) -> int | Anchor | None:
+    modifier = node.at
+    if modifier is None:
+        return None
+    if modifier.type in (grammar.AtModifierType.Start, grammar.AtModifierType.End):
+        return _ANCHORS[str(modifier.type)]
+    # Its text, because the package's own conversion to a datetime ends in the year 9999.
+    at_ms = round(float(str(modifier).removeprefix("@")) * 1000)
+    if at_ms > MAGNITUDE_MAX_MS:
+        raise _parse_error("timestamp out of bounds for @ modifier")
+    return at_ms
 
 
 def _milliseconds(duration: timedelta) -> int:
@@ -195,17 +232,12 @@ def _binary(node: grammar.BinaryExpr) -> Binary:
     if value_type(left) is ValueType.VECTOR and value_type(right) is ValueType.VECTOR:
         matching = Matching(on=False, labels=())
         if modifier is not None:
-            if modifier.card == grammar.VectorMatchCardinality.ManyToOne:
-                raise _unsupported("group_left")
-            if modifier.card == grammar.VectorMatchCardinality.OneToMany:
-                raise _unsupported("group_right")
             if modifier.fill_values.lhs is not None or modifier.fill_values.rhs is not None:
                 raise _unsupported("the fill modifier")
-            if modifier.matching is not None:
-                matching = Matching(
-                    on=modifier.matching.type == grammar.LabelModifierType.Include,
-                    labels=tuple(modifier.matching.labels),
-                )
+            on = modifier.matching is not None and modifier.matching.type == grammar.LabelModifierType.Include
+            labels = tuple(modifier.matching.labels) if modifier.matching is not None else ()
+            many = _MANY_SIDES.get(str(modifier.card))
+            matching = Matching(on, labels, many, tuple(modifier.group_labels or ()) if many is not None else ())
     return Binary(op, left, right, return_bool=modifier is not None and modifier.return_bool, matching=matching)
 
 
@@ -219,6 +251,7 @@ def _aggregate(node: grammar.AggregateExpr) -> Aggregate:
         _expr(node.expr),
         labels=tuple(modifier.labels) if modifier is not None else (),
         without=modifier is not None and modifier.type == grammar.AggModifierType.Without,
+        parameter=_expr(node.param) if node.param is not None else None,
     )
 
 

@@ -6,14 +6,16 @@ Prometheus 3 (the distance to the counter's zero shortens the extrapolation afte
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from pgherd.promql.grid import Bools, Floats, Integers
-from pgherd.promql.sums import window_reduce, window_sums
-from pgherd.promql.windows import RangeFunction, RangeWindow
+from pgherd.promql.quantiles import median_of_rows, quantile_of_rows
+from pgherd.promql.smoothing import derivative, prediction, smoothed
+from pgherd.promql.sums import Compensated, Mean, sums_are_exact, window_reduce
+from pgherd.promql.windows import RangeWindow
 
 # "Close to the boundary": up to 10 % more than the average distance of samples.
 _EXTRAPOLATION_SLACK = 1.1
@@ -23,11 +25,15 @@ _GATHER_CELLS = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class RangeFunctionInfo:
-    """How the engine applies a range function."""
+    """How the engine applies a range function.
 
-    compute: RangeFunction
+    `compute` takes the window and the function's scalar arguments, one value per column of the window.
+    """
+
+    compute: Callable[..., Floats]
     samples_min: int = 1
     keeps_name: bool = False
+    wants_counter: bool = False
 
 
 def extrapolated(window: RangeWindow, *, is_counter: bool, per_second: bool) -> Floats:
@@ -70,47 +76,50 @@ def _resets_lost(window: RangeWindow) -> Floats:
     return lost
 
 
+def _sum(window: RangeWindow) -> Floats:
+    if sums_are_exact(window.values, int(window.counts.max())):
+        return window_reduce(np.add, window.values, window.low, window.high)
+    sums = Compensated.zeros((window.values.shape[0], len(window.low)))
+    for columns, places in window.rounds():
+        sums.add(columns, window.values[:, places])
+    return sums.value()
+
+
 def _average(window: RangeWindow) -> Floats:
-    totals = window_sums(window.values, window.low, window.high)
-    averages = totals / window.counts
-    # Finite samples whose sum overflows still have an average.
-    for row, step in np.argwhere(np.isinf(totals)):
-        samples = window.values[row, window.low[step] : window.high[step]]
-        if np.isfinite(samples).all():
-            averages[row, step] = np.sum(samples / len(samples))
-    return averages
+    if sums_are_exact(window.values, int(window.counts.max())):
+        return window_reduce(np.add, window.values, window.low, window.high) / window.counts
+    mean = Mean.zeros((window.values.shape[0], len(window.low)))
+    for columns, places in window.rounds():
+        mean.add((slice(None), columns), window.values[:, places])
+    return mean.value()
 
 
 def _variance(window: RangeWindow) -> Floats:
+    """Welford's recurrence over compensated sums: Prometheus' order of operations, since the result's last digits depend on it."""
+    shape = (window.values.shape[0], len(window.low))
+    mean, squares = Compensated.zeros(shape), Compensated.zeros(shape)
+    for count, (columns, places) in enumerate(window.rounds(), start=1):
+        samples = window.values[:, places]
+        deviation = samples - (mean.total[:, columns] + mean.error[:, columns])
+        mean.add(columns, deviation / count)
+        squares.add(columns, deviation * (samples - (mean.total[:, columns] + mean.error[:, columns])))
+    return squares.value() / window.counts
+
+
+def _quantile(window: RangeWindow, quantile: Floats) -> Floats:
     result = np.empty((window.values.shape[0], len(window.low)))
     for row, steps, samples, inside in _gathered(window):
-        counts = inside.sum(axis=1)
-        # Subtracting any sample first keeps the mean's rounding relative to the spread, not to the magnitude.
-        shifted = np.where(inside, samples - samples[:, :1], 0.0)
-        deviations = np.where(inside, shifted - (shifted.sum(axis=1) / counts)[:, np.newaxis], 0.0)
-        result[row, steps] = (deviations**2).sum(axis=1) / counts
+        result[row, steps] = quantile_of_rows(samples, inside, quantile[steps])
     return result
 
 
-def quantile_of(window: RangeWindow, quantile: Floats) -> Floats:
-    """The φ-quantile with linear interpolation; ±Inf for φ outside [0, 1], NaN for a NaN φ. `quantile` is (T,)."""
+def _median_deviation(window: RangeWindow) -> Floats:
+    """The median of the distances from the median; NaN as soon as one sample is."""
     result = np.empty((window.values.shape[0], len(window.low)))
     for row, steps, samples, inside in _gathered(window):
-        counts = inside.sum(axis=1)
-        # Prometheus sorts NaN before everything, numpy after: NaN inside becomes the least, padding the greatest.
-        nans = (inside & np.isnan(samples)).sum(axis=1)
-        ordered = np.sort(np.where(inside & ~np.isnan(samples), samples, np.inf), axis=1)
-        phi = quantile[steps]
-        rank = np.where(np.isnan(phi), 0.0, np.clip(phi, 0, 1)) * (counts - 1)
-        below = np.floor(rank).astype(np.int64)
-        above = np.minimum(below + 1, counts - 1)
-        weight = rank - below
-        lines = np.arange(len(counts))
-        lower = np.where(below < nans, np.nan, ordered[lines, np.maximum(below - nans, 0)])
-        upper = np.where(above < nans, np.nan, ordered[lines, np.maximum(above - nans, 0)])
-        found = lower * (1 - weight) + upper * weight
-        found = np.where(phi < 0, -np.inf, np.where(phi > 1, np.inf, found))
-        result[row, steps] = np.where(np.isnan(phi), np.nan, found)
+        distances = np.abs(samples - median_of_rows(samples, inside)[:, np.newaxis])
+        undefined = (inside & np.isnan(samples)).any(axis=1)
+        result[row, steps] = np.where(undefined, np.nan, median_of_rows(distances, inside))
     return result
 
 
@@ -158,8 +167,10 @@ def _spread(window: RangeWindow, row: Integers | Floats) -> Floats:
 
 
 RANGE_FUNCTIONS: Mapping[str, RangeFunctionInfo] = {
-    "rate": RangeFunctionInfo(lambda window: extrapolated(window, is_counter=True, per_second=True), samples_min=2),
-    "increase": RangeFunctionInfo(lambda window: extrapolated(window, is_counter=True, per_second=False), samples_min=2),
+    "rate": RangeFunctionInfo(lambda window: extrapolated(window, is_counter=True, per_second=True), 2, wants_counter=True),
+    "increase": RangeFunctionInfo(
+        lambda window: extrapolated(window, is_counter=True, per_second=False), 2, wants_counter=True
+    ),
     "delta": RangeFunctionInfo(lambda window: extrapolated(window, is_counter=False, per_second=False), samples_min=2),
     "irate": RangeFunctionInfo(lambda window: _instant_delta(window, per_second=True), samples_min=2),
     "idelta": RangeFunctionInfo(lambda window: _instant_delta(window, per_second=False), samples_min=2),
@@ -168,10 +179,16 @@ RANGE_FUNCTIONS: Mapping[str, RangeFunctionInfo] = {
     "avg_over_time": RangeFunctionInfo(_average),
     "min_over_time": RangeFunctionInfo(lambda window: window_reduce(np.fmin, window.values, window.low, window.high)),
     "max_over_time": RangeFunctionInfo(lambda window: window_reduce(np.fmax, window.values, window.low, window.high)),
-    "sum_over_time": RangeFunctionInfo(lambda window: window_sums(window.values, window.low, window.high)),
+    "sum_over_time": RangeFunctionInfo(_sum),
     "count_over_time": RangeFunctionInfo(lambda window: _spread(window, window.counts)),
     "present_over_time": RangeFunctionInfo(lambda window: _spread(window, np.ones(len(window.low)))),
+    "first_over_time": RangeFunctionInfo(lambda window: window.values[:, window.low], keeps_name=True),
     "last_over_time": RangeFunctionInfo(lambda window: window.values[:, window.high - 1], keeps_name=True),
     "stddev_over_time": RangeFunctionInfo(lambda window: np.sqrt(_variance(window))),
     "stdvar_over_time": RangeFunctionInfo(_variance),
+    "quantile_over_time": RangeFunctionInfo(_quantile),
+    "mad_over_time": RangeFunctionInfo(_median_deviation),
+    "deriv": RangeFunctionInfo(derivative, samples_min=2),
+    "predict_linear": RangeFunctionInfo(prediction, samples_min=2),
+    "double_exponential_smoothing": RangeFunctionInfo(smoothed, samples_min=2),
 }

@@ -20,8 +20,8 @@ from pgherd.promql.grid import Bools, Floats, Integers, Labels, VectorGrid, to_l
 from pgherd.promql.source import SeriesWindow
 from pgherd.proto.samples import STALE_NAN_BITS
 
-# Cells (series × steps) worked on at once: bounds temporaries to some 16 MB and the time between two checkpoints.
-_CHUNK_CELLS = 2_000_000
+# Samples looked at between two checkpoints, a sample counting once for every range that it is in; bounds temporaries too.
+_CHUNK_SAMPLES = 4_000_000
 # How many recent timestamp arrays of equal length and ends a series is compared with.
 _CANDIDATES_MAX = 4
 
@@ -49,7 +49,8 @@ class Selection:
 class RangeWindow:
     """The samples of a block within each step's range, T steps of at least one sample each.
 
-    Step t covers `values[:, low[t]:high[t]]` of the interval `(start_ms[t], end_ms[t]]`.
+    Column t covers `values[:, low[t]:high[t]]` of the interval `(start_ms[t], end_ms[t]]`. It belongs to the step
+    `steps[t]` of the evaluation, whose own time is `at_ms[t]` (an offset or `@` moves the interval away from it).
     """
 
     times_ms: Integers
@@ -58,11 +59,21 @@ class RangeWindow:
     high: Integers
     start_ms: Integers
     end_ms: Integers
+    steps: NDArray[np.intp]
+    at_ms: Integers
 
     @property
     def counts(self) -> Integers:
         """Samples per step."""
         return self.high - self.low
+
+    def rounds(self) -> Iterator[tuple[slice | Integers, Integers]]:
+        """The first sample of every range, then the second of those that have one, …: (columns, places of the samples)."""
+        counts = self.counts
+        everywhere = int(counts.min())
+        for place in range(int(counts.max())):
+            columns = slice(None) if place < everywhere else np.flatnonzero(counts > place)
+            yield columns, self.low[columns] + place
 
 
 # A function of a range vector: (S, T) values for a window whose steps all hold enough samples.
@@ -118,34 +129,62 @@ def instant_vector(selection: Selection, at_ms: Integers, lookback_ms: int, chec
     return VectorGrid(selection.labels, values, present).inhabited()
 
 
+def newest_times(selection: Selection, at_ms: Integers, lookback_ms: int) -> VectorGrid:
+    """As `instant_vector`, but with the samples' own times in seconds."""
+    timed = [Block(block.rows, block.times_ms, _times_where_fresh(block)) for block in selection.blocks]
+    return instant_vector(Selection(selection.labels, timed), at_ms, lookback_ms, lambda: None)
+
+
+def _times_where_fresh(block: Block) -> Floats:
+    return np.where(is_stale(block.values), block.values, block.times_ms / 1000.0)
+
+
 def range_vector(
     selection: Selection,
     at_ms: Integers,
+    looked_at_ms: Integers,
     range_ms: int,
     function: RangeFunction,
     samples_min: int,
     checkpoint: Checkpoint,
 ) -> VectorGrid:
-    """`function` of the samples in `(t - range, t]` of every series, absent where there are fewer than `samples_min`."""
+    """`function` of every series' samples in `(t - range, t]`, t of `looked_at_ms`; absent where fewer than `samples_min`.
+
+    `at_ms` are the evaluation's steps.
+    """
     values = np.zeros((len(selection.labels), len(at_ms)))
     present = np.zeros(values.shape, dtype=np.bool_)
-    start_ms = at_ms - range_ms
+    start_ms = looked_at_ms - range_ms
     for block in selection.blocks:
         low = np.searchsorted(block.times_ms, start_ms, side="right")
-        high = np.searchsorted(block.times_ms, at_ms, side="right")
+        high = np.searchsorted(block.times_ms, looked_at_ms, side="right")
         steps = np.flatnonzero(high - low >= samples_min)
         if not len(steps):
             continue
-        for rows, part in _chunks(block, len(steps)):
+        low, high = low[steps], high[steps]
+        for rows, part in _chunks(block, int((high - low).sum())):
             checkpoint()
-            window = RangeWindow(block.times_ms, part, low[steps], high[steps], start_ms[steps], at_ms[steps])
+            window = RangeWindow(block.times_ms, part, low, high, start_ms[steps], looked_at_ms[steps], steps, at_ms[steps])
             values[np.ix_(rows, steps)] = function(window)
             present[np.ix_(rows, steps)] = True
     return VectorGrid(selection.labels, values, present).inhabited()
 
 
-def _chunks(block: Block, steps: int) -> Iterator[tuple[NDArray[np.intp], Floats]]:
-    """The block by slices of series small enough to work on at once."""
-    size = max(1, _CHUNK_CELLS // max(steps, len(block.times_ms)))
+def as_selection(grid: VectorGrid, times_ms: Integers) -> Selection:
+    """An instant vector per step as samples: what a subquery hands to a range function."""
+    alike: dict[bytes, list[int]] = {}
+    for row in range(len(grid.labels)):
+        alike.setdefault(grid.present[row].tobytes(), []).append(row)
+    blocks = []
+    for rows in alike.values():
+        present = grid.present[rows[0]]
+        if present.any():
+            blocks.append(Block(np.array(rows, dtype=np.intp), times_ms[present], grid.values[rows][:, present]))
+    return Selection(grid.labels, blocks)
+
+
+def _chunks(block: Block, looked_at: int) -> Iterator[tuple[NDArray[np.intp], Floats]]:
+    """The block by slices of series small enough to work on at once; `looked_at` samples of each are."""
+    size = max(1, _CHUNK_SAMPLES // max(looked_at, len(block.times_ms)))
     for start in range(0, len(block.rows), size):
         yield block.rows[start : start + size], block.values[start : start + size]

@@ -16,6 +16,7 @@ from pgherd.collector.api.prometheus_json import dump, encode_result
 from pgherd.collector.api.prometheus_request import Parameters, decode_label_name, read_parameters
 from pgherd.collector.api.query_pool import QueryPool
 from pgherd.collector.config import QueryConfig
+from pgherd.promql.annotations import Annotations
 from pgherd.promql.engine import Limits, evaluate_instant, evaluate_range
 from pgherd.promql.parse import parse
 from pgherd.promql.source import TIME_MAX_MS, CatalogSource
@@ -48,6 +49,7 @@ class Success:
 
     data: bytes
     warnings: tuple[str, ...] = ()
+    infos: tuple[str, ...] = ()
 
 
 Handler = Callable[[Parameters], Awaitable[Success]]
@@ -88,6 +90,8 @@ async def _answer(request: Request, handler: Handler) -> Response:
     members = b'{"status":"success","data":' + success.data
     if success.warnings:
         members += b',"warnings":' + dump(success.warnings)
+    if success.infos:
+        members += b',"infos":' + dump(success.infos)
     return Response(members + b"}", media_type="application/json")
 
 
@@ -117,8 +121,8 @@ class PrometheusApi:
         lookback_ms = self._lookback_ms(parameters)
 
         def work(checkpoint: Checkpoint) -> Success:
-            limits = self._limits(lookback_ms, checkpoint)
-            return _result(evaluate_instant(expr, at_ms, self._source, limits), limit, checkpoint)
+            limits, notes = self._limits(lookback_ms, checkpoint), Annotations()
+            return _result(evaluate_instant(expr, at_ms, self._source, limits, notes), notes, limit, checkpoint)
 
         return await self._pool.run(work, self._timeout_s(parameters))
 
@@ -131,8 +135,9 @@ class PrometheusApi:
         lookback_ms = self._lookback_ms(parameters)
 
         def work(checkpoint: Checkpoint) -> Success:
-            limits = self._limits(lookback_ms, checkpoint)
-            return _result(evaluate_range(expr, start_ms, end_ms, step_ms, self._source, limits), limit, checkpoint)
+            limits, notes = self._limits(lookback_ms, checkpoint), Annotations()
+            value = evaluate_range(expr, start_ms, end_ms, step_ms, self._source, limits, notes)
+            return _result(value, notes, limit, checkpoint)
 
         return await self._pool.run(work, self._timeout_s(parameters))
 
@@ -227,6 +232,7 @@ class PrometheusApi:
     def _limits(self, lookback_ms: int, checkpoint: Checkpoint) -> Limits:
         return Limits(
             lookback_ms=lookback_ms,
+            subquery_step_ms=round(self._config.subquery_step * 1000),
             samples_max=self._config.samples_max,
             points_per_series_max=self._config.points_per_series_max,
             checkpoint=checkpoint,
@@ -246,8 +252,8 @@ class PrometheusApi:
         return self._clock.wall_unix_ns() // 1_000_000
 
 
-def _result(value: Value, limit: int | None, checkpoint: Checkpoint) -> Success:
-    """Encode a query's value, cut to `limit` series."""
+def _result(value: Value, notes: Annotations, limit: int | None, checkpoint: Checkpoint) -> Success:
+    """Encode a query's value, cut to `limit` series, with what was noted about it."""
     warnings: tuple[str, ...] = ()
     if limit is not None:
         if isinstance(value, Vector) and len(value.samples) > limit:
@@ -255,4 +261,4 @@ def _result(value: Value, limit: int | None, checkpoint: Checkpoint) -> Success:
         elif isinstance(value, Matrix) and len(value.series) > limit:
             value, warnings = Matrix(value.series[:limit]), (TRUNCATED,)
     checkpoint()
-    return Success(encode_result(value), warnings)
+    return Success(encode_result(value), (*notes.warnings, *warnings), notes.infos)
