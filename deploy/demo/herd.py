@@ -40,6 +40,8 @@ anonymous_read = true
 [grpc]
 listen = "127.0.0.1:{grpc}"
 heartbeat_interval = "1s"
+[otlp]
+listen = ""
 [enrol]
 listen = "127.0.0.1:{enrol}"
 [alerts]

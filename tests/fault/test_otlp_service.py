@@ -22,6 +22,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
 )
 
 from pgherd.collector.ingest.admit import AdmitLimits, Reason
+from pgherd.collector.ingest.quota import Quota
 from pgherd.collector.ingest.service import SERVICE, Appender, MetricsService, ServiceSettings
 from pgherd.proto.errors import TransientError
 from pgherd.storage.series.batch import Batch, Receipt
@@ -300,5 +301,5 @@ def test_full_queue_of_a_real_store_refuses_without_losing_what_it_took(tmp_path
         assert {state.stored_points for state in made.shipments()} == {40}
         assert len(made.shipments()) == sum(taken) == 100 - wire.service.counters.requests_refused["ingest.overloaded"]
 
-    run(made, body)
+    run(made, body, quota=Quota(in_flight_max=1000))
     made.close()

@@ -191,7 +191,7 @@ def test_strangers_without_tls_are_bounded_and_members_still_get_through(tmp_pat
 @pytest.mark.parametrize("descriptors", [256, 1024, 4096, 65_536, 1_000_000])
 def test_the_shares_leave_descriptors_for_the_collector_s_own_files(descriptors: int) -> None:
     limits = Limits.of(descriptors)
-    taken = limits.http.total + limits.local.total + limits.enrol.total + limits.grpc
+    taken = limits.http.total + limits.local.total + limits.enrol.total + limits.otlp.total + limits.grpc
     assert taken <= descriptors * 15 / 16
     assert min(limits.local.per_source, limits.enrol.per_source) > 0
 

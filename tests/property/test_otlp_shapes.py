@@ -220,14 +220,18 @@ def test_cache_stays_within_its_bound() -> None:
         encoded: bytes = request.SerializeToString()
         return encoded
 
-    cache = ShapeCache(AdmitLimits(), bytes_max=60_000)
-    peer = AnyPeer("client")
+    cache = ShapeCache(AdmitLimits(), bytes_max=480_000)
+    peer, calm = AnyPeer("client"), AnyPeer("agent")
+    for _ in range(2):
+        cache.decode(body(9), calm)
     for series in range(10, 60):
         for _ in range(2):
             cache.decode(body(series), peer)
-        assert 0 < cache.size_bytes <= 60_000
+        assert 0 < cache.size_bytes <= 70_000
     assert cache.hits == 0
     cache.decode(body(59), peer)
     assert cache.hits == 1
     cache.decode(body(10), peer)
     assert cache.hits == 1  # long gone
+    cache.decode(body(9), calm)
+    assert cache.hits == 2  # the other sender's is still there

@@ -14,7 +14,7 @@ from pgherd.proto.selectors import Matcher, MatchOp
 from pgherd.storage.series.batch import Batch, labels_of
 from pgherd.storage.series.catalog import Catalog, labels_from_json, labels_to_json
 from pgherd.storage.series.index import SeriesIndex
-from pgherd.storage.series.plan import plan_commit
+from pgherd.storage.series.plan import SeriesLimits, plan_commit
 from support.series import BASE_MS, batch, layout
 
 LAYOUTS = [layout(n, f"m{n}") for n in range(1, 6)]
@@ -32,7 +32,7 @@ def test_each_sequence_is_stored_once_however_the_commits_are_cut(
     for low, high in itertools.pairwise(edges):
         group = arrivals[low:high]
         batches = [batch(LAYOUTS[n], BASE_MS, [float(s)] * (n + 1), s, agent=agent) for agent, s, n in group]
-        plan = plan_commit(batches, catalog.known(), series_max=series_max, now_unix_ms=BASE_MS)
+        plan = plan_commit(batches, catalog.known(), limits=SeriesLimits(series_max, series_max), now_unix_ms=BASE_MS)
         for (agent, sequence, n), receipt in zip(group, plan.receipts, strict=True):
             high_water = max(seen[agent], default=0)
             assert receipt.repeated == (sequence <= high_water)
@@ -74,7 +74,7 @@ def test_an_increase_counts_once_however_often_it_comes(arrivals: list[list[tupl
             )
             for points in arrivals[low:high]
         ]  # fmt: skip
-        plan = plan_commit(group, catalog.known(), series_max=10, now_unix_ms=BASE_MS)
+        plan = plan_commit(group, catalog.known(), limits=SeriesLimits(10, 10), now_unix_ms=BASE_MS)
         for points, receipt in zip(arrivals[low:high], plan.receipts, strict=True):
             taken = 0
             for series, time, value in sorted(points, key=lambda p: p[1]):

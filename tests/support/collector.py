@@ -25,6 +25,8 @@ state_directory = "{state}"
 listen = "127.0.0.1:{http}"
 [grpc]
 listen = "127.0.0.1:{grpc}"
+[otlp]
+listen = "127.0.0.1:{otlp}"
 [enrol]
 listen = "127.0.0.1:{enrol}"
 """
@@ -111,7 +113,7 @@ class Collector:
 def collector(directory: Path | None = None) -> Iterator[Collector]:
     """An initialised collector that isn't started; stopped at the end. A UNIX socket wants a short path: /tmp by default."""
     made = Path(tempfile.mkdtemp(prefix="pgherd-c-", dir="/tmp")) if directory is None else directory
-    herd = Collector(made, {name: free_port() for name in ("http", "grpc", "enrol")})
+    herd = Collector(made, {name: free_port() for name in ("http", "grpc", "otlp", "enrol")})
     (made / "c.toml").write_text(_CONFIG.format(state=herd.state, **herd.ports))
     try:
         initialised = herd.verb("init")

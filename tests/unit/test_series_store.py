@@ -272,3 +272,44 @@ def test_running_totals_go_on_after_a_restart(tmp_path: Path) -> None:
     assert read["1"][-1] == 6.0
     assert read["2"] == [7.0, 8.0, 9.0, 9.0]
     store.close()
+
+
+def test_an_owner_has_its_share_and_the_collector_its_reserve(tmp_path: Path) -> None:
+    """One that makes new series all the time takes no other's room; the last percent is for what the herd says."""
+    clock = HandClock()
+    store = open_store(tmp_path, quiet(series_max=200, series_per_owner_max=150, retention_s=60.0), clock)
+
+    def put(owner: str, name: str, count: int) -> tuple[int, int, bool]:
+        made = replace(batch(layout(count, name), clock.unix_ms, [1.0] * count), owner=owner)
+        receipt = store.append(made).result(10)
+        return receipt.stored_points, receipt.points_refused, receipt.over_share
+
+    assert put("agent:mad", "a", 100) == (100, 0, False)
+    assert put("agent:mad", "b", 100) == (50, 50, True)
+    assert put("agent:calm", "c", 40) == (40, 0, False)
+    assert put("agent:calm", "a", 100) == (100, 0, False)  # series that exist cost nobody anything
+    assert put("agent:calm", "d", 20) == (8, 12, False)  # the store is full but for the reserve
+    assert put("", "own", 3) == (2, 1, False)
+    store.close()
+    store = open_store(
+        tmp_path, quiet(series_max=1000, series_per_owner_max=150, retention_s=60.0, expiry_interval_s=0.05), clock
+    )
+    assert put("agent:mad", "e", 1) == (0, 1, True)  # a restart gives no new share
+    clock.unix_ms += 3_600_000
+    wait_until(lambda: store.gauges().series == 0, 20, "what expired to be forgotten")
+    assert put("agent:mad", "f", 150) == (150, 0, False)  # and expiry gives room back
+    store.close()
+
+
+def test_a_store_of_version_1_is_upgraded_and_keeps_its_series(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.append(batch(layout(2), BASE_MS, [1.0, 2.0])).result(10)
+    store.close()
+    with duckdb.connect(str(tmp_path / "series.duckdb")) as connection:
+        connection.execute("ALTER TABLE series DROP COLUMN owner")
+        connection.execute("UPDATE meta SET value = '1' WHERE key = 'version'")
+    for series in (2, 3):
+        store = open_store(tmp_path)
+        assert len(read_all(store)) == series
+        assert store.append(replace(batch(layout(3), BASE_MS + 1, [1.0] * 3), owner="agent:a")).result(10).stored_points == 3
+        store.close()

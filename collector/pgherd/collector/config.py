@@ -36,6 +36,23 @@ class GrpcConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class OtlpConfig:
+    """OTLP over HTTPS for foreign exporters; a client certificate of `pgherd clients issue` is required."""
+
+    listen: str = "127.0.0.1:7436"  # "" turns it off
+
+
+@dataclass(frozen=True, slots=True)
+class IngestConfig:
+    """What each agent and each OTLP client may take; what is more is refused for a while."""
+
+    points_per_second: int = 50_000
+    bytes_per_second: Size = 8 * 1024 * 1024
+    burst: Duration = 10.0  # so much of both may come at once, as after an outage
+    series_per_sender: int = 200_000
+
+
+@dataclass(frozen=True, slots=True)
 class EnrolConfig:
     """Joining and renewal over HTTPS."""
 
@@ -100,6 +117,8 @@ class CollectorConfig:
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     http: HttpConfig = field(default_factory=HttpConfig)
     grpc: GrpcConfig = field(default_factory=GrpcConfig)
+    otlp: OtlpConfig = field(default_factory=OtlpConfig)
+    ingest: IngestConfig = field(default_factory=IngestConfig)
     enrol: EnrolConfig = field(default_factory=EnrolConfig)
     series: SeriesConfig = field(default_factory=SeriesConfig)
     query: QueryConfig = field(default_factory=QueryConfig)

@@ -44,16 +44,19 @@ class Limits:
     http: ConnectionLimits
     local: ConnectionLimits
     enrol: ConnectionLimits
+    otlp: ConnectionLimits
     grpc: int
 
     @classmethod
     def of(cls, descriptors: int) -> Limits:
         """Shares of a process that may have so many open files."""
-        http, local, enrol = min(512, descriptors // 8), min(256, descriptors // 16), min(1024, descriptors // 4)
+        http, local, enrol = min(512, descriptors // 8), min(256, descriptors // 16), min(1024, descriptors // 8)
+        otlp = min(4096, descriptors // 8)
         return cls(
             http=ConnectionLimits(http, http),  # loopback: all come from one address
             local=ConnectionLimits(local, local // 4),
             enrol=ConnectionLimits(enrol, enrol // 4),  # a rack behind one NAT may renew together
+            otlp=ConnectionLimits(otlp, otlp // 4),
             grpc=descriptors // 2,
         )
 

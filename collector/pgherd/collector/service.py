@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -36,7 +36,7 @@ from pgherd.collector.api.prometheus import prometheus_router
 from pgherd.collector.api.query_pool import QueryPool
 from pgherd.collector.api.serving import EXCHANGE_TIMEOUT_S, REQUEST_TIMEOUT_S, OwnedServer, strangers_server
 from pgherd.collector.api.socketpeer import PeerCredentialProtocol
-from pgherd.collector.config import CollectorConfig, ReceiverConfig
+from pgherd.collector.config import CollectorConfig, IngestConfig, ReceiverConfig
 from pgherd.collector.control.dispatch import Dispatcher
 from pgherd.collector.control.herd import Herd
 from pgherd.collector.control.ledger import Ledger
@@ -46,14 +46,16 @@ from pgherd.collector.exposition import collector_families
 from pgherd.collector.identity.ca import CertificateAuthority
 from pgherd.collector.identity.enrol import enrolment_app
 from pgherd.collector.identity.enrolment import Enrolment
-from pgherd.collector.identity.gate import PeerGate, PeerInterceptor
-from pgherd.collector.identity.peer import current_peer
+from pgherd.collector.identity.gate import HTTP_SERVICES, OTLP_HTTP, PeerGate, PeerInterceptor
+from pgherd.collector.identity.peer import Peer, current_peer
 from pgherd.collector.identity.registry import StoredStandings
 from pgherd.collector.identity.server import ServerCertificate
 from pgherd.collector.ingest.admit import AdmitLimits
+from pgherd.collector.ingest.http import otlp_app, otlp_server
+from pgherd.collector.ingest.quota import Quota
 from pgherd.collector.ingest.service import MetricsService, ServiceSettings
+from pgherd.collector.listeners import BoundedListener, ConnectionLimits, raise_descriptor_limit, tcp_listener, unix_listener
 from pgherd.collector.listeners import Limits as ConnectionShares
-from pgherd.collector.listeners import raise_descriptor_limit, tcp_listener, unix_listener
 from pgherd.collector.setup import Layout
 from pgherd.promql.engine import Limits
 from pgherd.promql.parse import parse
@@ -98,6 +100,10 @@ def _receiver(config: ReceiverConfig, external_url: str) -> Receiver:
     return WebhookReceiver(config.name, url, timeout_s=config.timeout, external_url=external_url)
 
 
+def _quota(config: IngestConfig) -> Quota:
+    return Quota(float(config.points_per_second), float(config.bytes_per_second), config.burst)
+
+
 @dataclass(frozen=True, slots=True)
 class _Stores:
     control: ControlStore
@@ -114,7 +120,11 @@ def _stores(config: CollectorConfig, clock: Clock) -> Iterator[_Stores]:
         stack.callback(control.close)
         settings = SeriesSettings(
             database=DatabaseSettings(memory_limit_bytes=config.series.memory_limit, threads=config.series.threads),
-            writer=WriterSettings(series_max=config.series.series_max, retention_s=config.series.retention),
+            writer=WriterSettings(
+                series_max=config.series.series_max,
+                series_per_owner_max=config.ingest.series_per_sender,
+                retention_s=config.series.retention,
+            ),
             select_samples_max=config.query.samples_max,
         )
         series = SeriesStore.open(layout.series, settings, clock)
@@ -148,7 +158,11 @@ class Collector:
             past_max_s=config.series.past_max,
         )
         self.ingest = MetricsService(
-            series, current_peer=current_peer, owns=self._owns, clock=clock, settings=ServiceSettings(limits=limits)
+            series,
+            current_peer=current_peer,
+            owns=self._owns,
+            clock=clock,
+            settings=ServiceSettings(limits=limits, quota=_quota(config.ingest)),
         )
         self.enrolment = Enrolment(control, ca, clock, config.enrol.certificate_lifetime, config.enrol.renewal_grace)
         self.certificate = ServerCertificate(ca, Layout(config.state_directory).tls, config.enrol.names, clock)
@@ -234,6 +248,20 @@ class Collector:
             )
         )
 
+    def _otlp_server(self) -> OwnedServer:
+        def admit(certificate_pem: bytes | None) -> Awaitable[Peer]:
+            return self.gate.admit(certificate_pem, OTLP_HTTP, HTTP_SERVICES)
+
+        app = otlp_app(self.ingest, admit, request_bytes_max=self._config.grpc.request_bytes_max)
+        return otlp_server(app, self.certificate.ssl_context(mutual=True))
+
+    def _otlp_listener(self, sockets: contextlib.ExitStack, share: ConnectionLimits) -> list[BoundedListener]:
+        """No listener when the port is turned off."""
+        if not self._config.otlp.listen:
+            return []
+        listener = tcp_listener(self._config.otlp.listen, "otlp.listen", share)
+        return [sockets.enter_context(contextlib.closing(listener))]
+
     @contextlib.asynccontextmanager
     async def _grpc_server(self, connections_max: int) -> AsyncIterator[None]:
         server = grpc.aio.server(
@@ -274,12 +302,14 @@ class Collector:
         http = self._http_server()
         app = enrolment_app(self.enrolment, grpc_address=join_address(config.enrol.names[0], grpc_port), clock=self._clock)
         enrol = strangers_server(app, self.certificate.ssl_context())
+        otlp = self._otlp_server()
         await asyncio.to_thread(self.evaluator.restore)
         with contextlib.ExitStack() as sockets:
             http_listener = tcp_listener(config.http.listen, "http.listen", shares.http, loopback_only=True)
             tcp = sockets.enter_context(contextlib.closing(http_listener))
             local = sockets.enter_context(unix_listener(config.socket, shares.local))
             public = sockets.enter_context(contextlib.closing(tcp_listener(config.enrol.listen, "enrol.listen", shares.enrol)))
+            foreign = self._otlp_listener(sockets, shares.otlp)
             async with self._grpc_server(shares.grpc), asyncio.TaskGroup() as tasks:
                 loops = [
                     tasks.create_task(coroutine, name=name)
@@ -294,11 +324,12 @@ class Collector:
                 servers = [
                     tasks.create_task(http.serve(sockets=[tcp, local])),
                     tasks.create_task(enrol.serve(sockets=[public])),
+                    *(tasks.create_task(otlp.serve(sockets=[listener])) for listener in foreign),
                 ]
                 started()
                 await stop.wait()
                 _log.info("collector.stopping")
-                http.should_exit = enrol.should_exit = True
+                http.should_exit = enrol.should_exit = otlp.should_exit = True
                 await asyncio.wait(servers, timeout=2 * _STOP_GRACE_S)
                 for loop in loops:
                     loop.cancel()

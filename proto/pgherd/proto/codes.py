@@ -156,6 +156,10 @@ _code("auth.scope", Kind.DENIED, "The token's scope doesn't cover this request."
 _code("spool.segment_corrupt", Kind.INTEGRITY, "A spool segment failed its checksum; it was set aside and counted as a gap.")
 _code("ingest.malformed", Kind.PEER, "The OTLP request can't be decoded or names no allowed resource.", http=400)
 _code("ingest.too_large", Kind.PEER, "The OTLP request is over the size or point limit.", grpc="RESOURCE_EXHAUSTED", http=413)
+_code("ingest.unsupported", Kind.PEER, "The OTLP request's content type or compression isn't taken.", http=415)
+_code(
+    "ingest.quota", Kind.TRANSIENT, "This sender sends more than its share of the collector; retry after the delay.", http=429
+)
 _code("ingest.overloaded", Kind.TRANSIENT, "The collector's writer is behind; retry after the stated delay.", http=503)
 _code(
     "store.unavailable",

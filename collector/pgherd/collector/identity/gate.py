@@ -41,6 +41,10 @@ SERVICES: Mapping[str, frozenset[PeerKind]] = {
     "opentelemetry.proto.collector.metrics.v1.MetricsService": frozenset({PeerKind.AGENT, PeerKind.CLIENT}),
 }
 
+# The same for what isn't gRPC: agents need sequences, which OTLP/HTTP doesn't carry.
+OTLP_HTTP = "OTLP/HTTP"
+HTTP_SERVICES: Mapping[str, frozenset[PeerKind]] = {OTLP_HTTP: frozenset({PeerKind.CLIENT})}
+
 
 @dataclass(eq=False, slots=True)
 class _LiveCall:

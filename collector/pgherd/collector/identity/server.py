@@ -94,11 +94,14 @@ class ServerCertificate:
             require_client_authentication=True,
         )
 
-    def ssl_context(self) -> ssl.SSLContext:
-        """A context for uvicorn's HTTPS (TLS 1.3, no client certificates); it follows renewals."""
+    def ssl_context(self, *, mutual: bool = False) -> ssl.SSLContext:
+        """A context for uvicorn's HTTPS (TLS 1.3); it follows renewals. `mutual`: a certificate of this CA is required."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.load_cert_chain(self._path)
+        if mutual:
+            context.load_verify_locations(cadata=self._ca.certificate_pem.decode("ascii"))
+            context.verify_mode = ssl.CERT_REQUIRED
         self._contexts.append(context)
         return context
 

@@ -50,6 +50,7 @@ class Reason(StrEnum):
     NO_VALUE = "data point without a value"
     NAME = "metric name is empty or invalid"
     LABELS = "label invalid, too long, or too many labels"
+    SERIES_SHARE = "the sender's share of series is used up"
     SERIES_MAX = "the store's limit of series is reached"
 
 

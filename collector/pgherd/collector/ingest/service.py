@@ -1,20 +1,27 @@
 """OTLP MetricsService/Export: one request from bytes to a durable answer.
 
-The handler takes raw bytes; decoding runs in two threads of its own; the answer is sent after the store's commit.
-How errors leave, by OTLP's specification (docs/specification.md, "Failures" and "OTLP/gRPC Throttling"):
-malformed → INVALID_ARGUMENT; too large → RESOURCE_EXHAUSTED without RetryInfo (never repeat it); overload, full disk,
-shutdown → UNAVAILABLE with RetryInfo; points that can't be taken → OK with partial_success (never repeat them).
+`accept` takes raw bytes and a verified sender, whatever brought them; decoding runs in two threads of its own, one request
+of a sender at a time; the answer is given after the store's commit. How errors leave, by OTLP's specification
+(docs/specification.md, "Failures" and "OTLP/gRPC Throttling"): malformed → INVALID_ARGUMENT; too large →
+RESOURCE_EXHAUSTED without RetryInfo (never repeat it); over its quota, overload, full disk, shutdown → UNAVAILABLE with
+RetryInfo; points that can't be taken → OK with partial_success (never repeat them).
+
+An agent names the sequence of its request, and may join several requests of consecutive sequences into one: protobuf
+messages are joined by putting their bytes one after the other, and `pgherd-lengths` says where each ends. Each part
+is stored under its own sequence, so what of them has been stored before is told apart one by one.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import grpc
 import grpc.aio
@@ -37,6 +44,7 @@ from pgherd.collector.ingest.admit import (
     points_among,
 )
 from pgherd.collector.ingest.otlp import Decoded
+from pgherd.collector.ingest.quota import Quota, Quotas
 from pgherd.collector.ingest.shape import ShapeCache
 from pgherd.proto.clock import Clock
 from pgherd.proto.errors import PeerError, PgherdError, TransientError
@@ -44,7 +52,8 @@ from pgherd.runtime.logging import get_logger
 from pgherd.storage.series.batch import Batch, Receipt, Shipment
 
 SERVICE = "opentelemetry.proto.collector.metrics.v1.MetricsService"
-INCARNATION_KEY, SEQUENCE_KEY = "pgherd-incarnation", "pgherd-sequence"
+INCARNATION_KEY, SEQUENCE_KEY, LENGTHS_KEY = "pgherd-incarnation", "pgherd-sequence", "pgherd-lengths"
+PARTS_MAX = 256
 _DETAILS_KEY = "grpc-status-details-bin"
 
 log = get_logger(__name__)
@@ -67,6 +76,7 @@ class ServiceSettings:
     decoders: int = 2
     commit_timeout_s: float = 20.0
     retry_delay_s: float = 2.0
+    quota: Quota = field(default_factory=Quota)
     shape_cache_bytes: int = 64 * 1024 * 1024
 
 
@@ -98,6 +108,8 @@ class MetricsService:
         self._clock = clock
         self._settings = settings
         self._decoders = ThreadPoolExecutor(settings.decoders, thread_name_prefix="otlp-decode")
+        self._quotas = Quotas(settings.quota)
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self.shapes = ShapeCache(settings.limits, settings.shape_cache_bytes)
         self.counters = IngestCounters()
 
@@ -111,52 +123,86 @@ class MetricsService:
         self._decoders.shutdown(wait=True)
 
     async def export(self, body: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
-        """One Export call."""
+        """One Export call over gRPC."""
+        try:
+            return await self.accept(body, self._current_peer(context), context.invocation_metadata())
+        except PgherdError as error:
+            status = self.status_of(error)
+            await context.abort(
+                getattr(grpc.StatusCode, error.info.grpc_status),
+                status.message,
+                trailing_metadata=((_DETAILS_KEY, status.SerializeToString()),),
+            )
+            raise  # abort always raises
+
+    async def accept(self, body: bytes, peer: Peer, metadata: Iterable[tuple[str, Any]] | None) -> bytes:
+        """One request of a verified sender; returns the encoded answer once all that is taken of it is durable.
+
+        Raises PeerError ingest.malformed | ingest.too_large, DeniedError identity.mismatch, TransientError
+        ingest.quota | ingest.overloaded | store.unavailable.
+        """
         self.counters.requests += 1
         self.counters.request_bytes += len(body)
         self.counters.in_flight += 1
         try:
-            return await self._export(body, context)
+            return await self._accept(body, peer, metadata)
         except PgherdError as error:
-            self.counters.requests_refused[error.code] += 1
-            await self._abort(context, error)
-            raise  # abort always raises
+            self._count_refusal(error, peer)
+            raise
         finally:
             self.counters.in_flight -= 1
 
-    async def _export(self, body: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
-        settings = self._settings
-        peer = self._current_peer(context)
-        if len(body) > settings.limits.request_bytes_max:
-            raise PeerError(
-                "ingest.too_large", f"the request has {len(body)} bytes; at most {settings.limits.request_bytes_max}"
-            )
-        if self.counters.in_flight > settings.in_flight_max:
-            raise TransientError("ingest.overloaded", "too many requests in flight", in_flight=self.counters.in_flight)
-        shipment = shipment_of(peer, context.invocation_metadata())
-        loop = asyncio.get_running_loop()
-        taken = await loop.run_in_executor(self._decoders, self._admit, body, peer, shipment)
-        receipt = await self._durable(taken.batch)
-        rejected = taken.rejected
-        if receipt.refused is not None:
-            rejected[Reason.SERIES_MAX] += points_among(taken.ordinals[receipt.refused])
-        self._count(receipt, rejected)
-        return answer(rejected, receipt.deltas_repeated)
+    async def _accept(self, body: bytes, peer: Peer, metadata: Iterable[tuple[str, Any]] | None) -> bytes:
+        settings, sender = self._settings, sender_of(peer)
+        self._quotas.enter(sender, len(body), self._clock.mono_s())
+        try:
+            if len(body) > settings.limits.request_bytes_max:
+                raise PeerError(
+                    "ingest.too_large", f"the request has {len(body)} bytes; at most {settings.limits.request_bytes_max}"
+                )
+            if self.counters.in_flight > settings.in_flight_max:
+                raise TransientError("ingest.overloaded", "too many requests in flight", in_flight=self.counters.in_flight)
+            parts = parts_of(body, peer, metadata)
+            async with self._turns.setdefault(sender, asyncio.Lock()):  # one of two decoders at most
+                taken = await asyncio.get_running_loop().run_in_executor(self._decoders, self._admit, parts, peer)
+                self._quotas.spend(sender, sum(one.batch.points + one.rejected.total() for one in taken))
+                durable = [self._durable(one.batch) for one in taken]
+            receipts = await self._all_durable(durable)
+        finally:
+            self._quotas.leave(sender)
+        rejected: Counter[Reason] = Counter()
+        for one, receipt in zip(taken, receipts, strict=True):
+            if receipt.refused is not None:
+                reason = Reason.SERIES_SHARE if receipt.over_share else Reason.SERIES_MAX
+                one.rejected[reason] += points_among(one.ordinals[receipt.refused])
+            self._count(receipt, one.rejected)
+            rejected.update(one.rejected)
+        return answer(rejected, sum(receipt.deltas_repeated for receipt in receipts))
 
-    def _admit(self, body: bytes, peer: Peer, shipment: Shipment | None) -> Admitted:
-        decoded = self.shapes.decode(body, peer)
-        check_claims(peer, decoded.claims, self._owns)
-        return admitted(decoded, shipment, self._clock.wall_unix_ns(), self._settings.limits)
+    def _admit(self, parts: Sequence[Part], peer: Peer) -> list[Admitted]:
+        taken = []
+        for part in parts:
+            decoded = self.shapes.decode(part.body, peer)
+            check_claims(peer, decoded.claims, self._owns)
+            made = admitted(decoded, part.shipment, self._clock.wall_unix_ns(), self._settings.limits)
+            taken.append(replace(made, batch=replace(made.batch, owner=sender_of(peer))))
+        return taken
 
-    async def _durable(self, batch: Batch) -> Receipt:
-        if not batch.points and batch.shipment is None:
-            return Receipt(stored_points=0)
-        future = asyncio.wrap_future(self._store.append(batch))
+    def _durable(self, batch: Batch) -> Future[Receipt]:
+        """In the store's queue, in the order of the sender's sequences."""
+        if batch.points or batch.shipment is not None:
+            return self._store.append(batch)
+        nothing: Future[Receipt] = Future()
+        nothing.set_result(Receipt(stored_points=0))
+        return nothing
+
+    async def _all_durable(self, futures: Sequence[Future[Receipt]]) -> list[Receipt]:
+        waiting = asyncio.gather(*map(asyncio.wrap_future, futures))
         try:
             # Shielded: the commit goes on when the caller gives up; a repeat is told apart by its sequence.
-            return await asyncio.wait_for(asyncio.shield(future), self._settings.commit_timeout_s)
+            return await asyncio.wait_for(asyncio.shield(waiting), self._settings.commit_timeout_s)
         except TimeoutError as error:
-            future.add_done_callback(_forget)
+            waiting.add_done_callback(_forget)
             raise TransientError(
                 "ingest.overloaded", f"the series store didn't commit within {self._settings.commit_timeout_s} s"
             ) from error
@@ -170,17 +216,58 @@ class MetricsService:
         self.counters.gaps += receipt.gap
         self.counters.deltas_repeated += receipt.deltas_repeated
 
-    async def _abort(self, context: grpc.aio.ServicerContext[bytes, bytes], error: PgherdError) -> None:
+    def _count_refusal(self, error: PgherdError, peer: Peer) -> None:
+        refused = self.counters.requests_refused
+        refused[error.code] += 1
+        if refused[error.code] in (1, 10, 100) or refused[error.code] % 1000 == 0:  # who hammers doesn't fill the disk
+            log.info("ingest.refused", code=error.code, reason=error.message, sender=sender_of(peer), times=refused[error.code])
+
+    def status_of(self, error: PgherdError) -> Status:
+        """A refusal as google.rpc.Status: its code, ErrorInfo, and RetryInfo when it may be repeated."""
         code = getattr(grpc.StatusCode, error.info.grpc_status)
-        message = f"{error.code}: {error.message}"
         details = [_packed(ErrorInfo(reason=error.code, domain="pgherd"))]
         if error.retryable:
             retry = RetryInfo()
-            retry.retry_delay.FromMilliseconds(int(self._settings.retry_delay_s * 1000))
+            retry.retry_delay.FromMilliseconds(int(self.retry_after_s(error) * 1000))
             details.append(_packed(retry))
-        status = Status(code=code.value[0], message=message, details=details)
-        log.info("ingest.refused", code=error.code, reason=error.message)
-        await context.abort(code, message, trailing_metadata=((_DETAILS_KEY, status.SerializeToString()),))
+        return Status(code=code.value[0], message=f"{error.code}: {error.message}", details=details)
+
+    def retry_after_s(self, error: PgherdError) -> float:
+        """When a retryable refusal may be repeated."""
+        stated = error.context.get("retry_after_s")
+        return float(stated) if isinstance(stated, int) else self._settings.retry_delay_s
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One sequence's share of a request; foreign clients have no sequence."""
+
+    body: bytes
+    shipment: Shipment | None
+
+
+def sender_of(peer: Peer) -> str:
+    """Whose quota and whose series."""
+    return f"{peer.kind}:{peer.id}"
+
+
+def parts_of(body: bytes, peer: Peer, metadata: Iterable[tuple[str, Any]] | None) -> list[Part]:
+    """A request taken apart: one part per sequence. Raises PeerError ingest.malformed."""
+    shipment = shipment_of(peer, metadata)
+    lengths = {str(key): value for key, value in metadata or ()}.get(LENGTHS_KEY)
+    if shipment is None or lengths is None:
+        return [Part(body, shipment)]
+    try:
+        sizes = [int(size) for size in str(lengths)[: PARTS_MAX * 9].split(",")]
+    except ValueError as error:
+        raise PeerError("ingest.malformed", f"{LENGTHS_KEY} isn't a list of numbers") from error
+    if not 0 < len(sizes) <= PARTS_MAX or min(sizes) < 0 or sum(sizes) != len(body):
+        raise PeerError("ingest.malformed", f"{LENGTHS_KEY} doesn't cut {len(body)} bytes into 1 to {PARTS_MAX} parts")
+    ends = list(itertools.accumulate(sizes))
+    return [
+        Part(body[end - size : end], replace(shipment, sequence=shipment.sequence + number))
+        for number, (size, end) in enumerate(zip(sizes, ends, strict=True))
+    ]
 
 
 def shipment_of(peer: Peer, metadata: Any) -> Shipment | None:
@@ -241,7 +328,7 @@ def _packed(message: Any) -> AnyMessage:
     return packed
 
 
-def _forget(future: asyncio.Future[Receipt]) -> None:
+def _forget(future: asyncio.Future[list[Receipt]]) -> None:
     """Take the late outcome, so that an error in it isn't reported as never retrieved."""
     if not future.cancelled():
         future.exception()

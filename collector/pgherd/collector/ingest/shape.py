@@ -12,7 +12,7 @@ Never broken: the answer is equal to `otlp.decode` of the same bytes.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,6 +26,7 @@ _Key = tuple[str, str, int]
 _ABSENT = -1
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _TEMPLATES_PER_KEY = 4
+_SENDERS_SHARE = 8
 _SEEN_MAX = 65_536
 
 
@@ -174,13 +175,17 @@ def _words(buffer: bytearray) -> NDArray[np.uint64]:
 
 
 class ShapeCache:
-    """Templates by sender and length, least recently used out first, bounded in bytes. Safe from any thread."""
+    """Templates by sender and length, least recently used out first, bounded in bytes. Safe from any thread.
+
+    A sender has at most an eighth of the bytes: one whose layout is new each time forgets its own, not the others'.
+    """
 
     def __init__(self, limits: AdmitLimits, bytes_max: int = 64 * 1024 * 1024) -> None:
         self._limits = limits
         self._bytes_max = bytes_max
         self._lock = threading.Lock()
         self._templates: OrderedDict[_Key, tuple[Template, ...]] = OrderedDict()
+        self._bytes_of: Counter[tuple[str, str]] = Counter()
         self._seen: OrderedDict[_Key, None] = OrderedDict()
         self.size_bytes = 0
         self.hits = 0
@@ -215,15 +220,26 @@ class ShapeCache:
         return seen
 
     def _remember(self, key: _Key, template: Template) -> None:
+        sender, share = key[:2], self._bytes_max // _SENDERS_SHARE
         with self._lock:
             before = self._templates.get(key, ())
             after = (template, *before)[:_TEMPLATES_PER_KEY]
-            self.size_bytes += sum(t.size_bytes for t in after) - sum(t.size_bytes for t in before)
+            self._count(sender, sum(t.size_bytes for t in after) - sum(t.size_bytes for t in before))
             self._templates[key] = after
             self._templates.move_to_end(key)
+            while self._bytes_of[sender] > share:
+                self._forget(next(other for other in self._templates if other[:2] == sender))
             while self.size_bytes > self._bytes_max:
-                _, gone = self._templates.popitem(last=False)
-                self.size_bytes -= sum(t.size_bytes for t in gone)
+                self._forget(next(iter(self._templates)))
+
+    def _forget(self, key: _Key) -> None:
+        self._count(key[:2], -sum(t.size_bytes for t in self._templates.pop(key)))
+
+    def _count(self, sender: tuple[str, str], more_bytes: int) -> None:
+        self.size_bytes += more_bytes
+        self._bytes_of[sender] += more_bytes
+        if not self._bytes_of[sender]:
+            del self._bytes_of[sender]
 
 
 # --- the wire -----------------------------------------------------------------------------------

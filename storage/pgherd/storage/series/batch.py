@@ -81,6 +81,7 @@ class Batch:
     times_ms: NDArray[np.int64]
     values: NDArray[np.float64]
     shipment: Shipment | None = None
+    owner: str = ""  # who sends it: new series count into its share; "" is the collector itself
 
     def __post_init__(self) -> None:
         if not len(self.series) == len(self.times_ms) == len(self.values):
@@ -109,6 +110,7 @@ class Receipt:
     series_refused: int = 0  # distinct new series over series_max, their points not stored
     points_refused: int = 0
     refused: NDArray[np.bool_] | None = None  # which of the batch's points those are
+    over_share: bool = False  # they were refused because their owner has its share, not because the store is full
     deltas_repeated: int = 0  # increases no later than what their series had: taken for repeats, not added again
     repeated: bool = False  # the sequence had been stored before; nothing was stored now
     gap: int = 0  # sequences that were skipped just before this one

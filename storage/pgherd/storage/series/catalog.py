@@ -6,7 +6,8 @@ A mirror of committed rows only; after any doubt it is thrown away and loaded ag
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from weakref import WeakKeyDictionary
 
 import duckdb
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from pgherd.proto.samples import Metric, MetricKind
 from pgherd.storage.series.batch import Labels, SeriesLayout, ShipmentState
 from pgherd.storage.series.index import SeriesIndex
-from pgherd.storage.series.plan import CommitPlan, Known, Total
+from pgherd.storage.series.plan import CommitPlan, Known, NewSeries, Total
 
 # A marker's NaN isn't a total; one that is stored last says only that the series paused.
 _LAST_TOTALS = """
@@ -32,6 +33,7 @@ class Catalog:
         self.index = SeriesIndex()
         self.shipments: Mapping[tuple[str, str], ShipmentState] = {}
         self.metrics: Mapping[str, Metric] = {}
+        self._owned: Counter[str] = Counter()
         self._totals: dict[int, Total] = {}  # of series that are sent as increases: what the last sample on disk says
         self._connection: duckdb.DuckDBPyConnection | None = None
         self._layout_ids: WeakKeyDictionary[SeriesLayout, NDArray[np.int32]] = WeakKeyDictionary()
@@ -41,8 +43,8 @@ class Catalog:
         """Read everything back; raises duckdb.Error."""
         catalog = cls()
         catalog._connection = connection
-        rows = connection.execute("SELECT id, labels FROM series ORDER BY id").fetchall()
-        catalog.index.add((series_id, labels_from_json(text)) for series_id, text in rows)
+        rows = connection.execute("SELECT id, labels, owner FROM series ORDER BY id").fetchall()
+        catalog._add(NewSeries(series_id, labels_from_json(text), owner) for series_id, text, owner in rows)
         ranges = connection.execute("SELECT series_id, min(ts_ms) lo, max(ts_ms) hi FROM samples GROUP BY 1").fetchnumpy()
         ids = ranges["series_id"]
         catalog.index.touch(ids, ranges["lo"])
@@ -57,8 +59,13 @@ class Catalog:
         """The planner's view."""
         return Known(
             self.index.id_of, self._layout_ids.get, self.shipments, self.metrics, self.index.next_id, len(self.index),
-            self.totals_of,
+            self._owned.__getitem__, self.totals_of,
         )  # fmt: skip
+
+    def _add(self, made: Iterable[NewSeries]) -> None:
+        rows = list(made)
+        self.index.add((row.id, row.labels) for row in rows)
+        self._owned.update(row.owner for row in rows)
 
     def totals_of(self, ids: Collection[int]) -> Mapping[int, Total]:
         """Running totals of those series of increases that have samples. Raises duckdb.Error.
@@ -78,7 +85,7 @@ class Catalog:
 
     def apply(self, plan: CommitPlan) -> None:
         """Take over what was just committed."""
-        self.index.add(plan.new_series)
+        self._add(plan.new_series)
         self.index.touch(plan.series_ids, plan.times_ms)
         self._layout_ids.update(plan.resolved)
         self._totals |= plan.totals
@@ -87,8 +94,9 @@ class Catalog:
         if plan.metrics:
             self.metrics = {**self.metrics, **{metric.name: metric for metric in plan.metrics}}
 
-    def forget_series(self, ids: list[int]) -> None:
-        """Series whose samples and rows were just deleted."""
+    def forget_series(self, ids: list[int], owners: Iterable[str]) -> None:
+        """Series whose samples and rows were just deleted; their owners have room again."""
+        self._owned.subtract(owners)
         self._layout_ids.clear()
         self.index.remove(ids)
         for series_id in ids:

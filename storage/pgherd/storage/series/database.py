@@ -32,13 +32,13 @@ from pgherd.runtime.durable import exclusive_lock, fsync_directory, newer_format
 from pgherd.runtime.logging import get_logger
 
 FORMAT_NAME = "pgherd-series"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _STORAGE_VERSION = "v1.5.0"  # what the file may use: pinned, so that a downgrade within 1.5 stays possible
 _WAL_HEADER_BYTES = 128  # a log this small can't hold a commit of ours
 
 _SCHEMA = (
     "CREATE TABLE meta (key VARCHAR NOT NULL, value VARCHAR NOT NULL)",
-    "CREATE TABLE series (id INTEGER NOT NULL, name VARCHAR NOT NULL, labels VARCHAR NOT NULL)",
+    "CREATE TABLE series (id INTEGER NOT NULL, name VARCHAR NOT NULL, labels VARCHAR NOT NULL, owner VARCHAR NOT NULL)",
     "CREATE TABLE metrics (name VARCHAR NOT NULL, kind VARCHAR NOT NULL, help VARCHAR NOT NULL, unit VARCHAR NOT NULL)",
     "CREATE TABLE samples (series_id INTEGER NOT NULL, ts_ms BIGINT NOT NULL, value DOUBLE NOT NULL)",
     """CREATE TABLE shipments (agent_id VARCHAR NOT NULL, incarnation VARCHAR NOT NULL, last_sequence BIGINT NOT NULL,
@@ -292,6 +292,19 @@ class Database:
             raise IntegrityError("format.corrupt", f"{self.path} isn't a series store of pgherd", path=str(self.path))
         if version > FORMAT_VERSION:
             raise newer_format(self.path, version, FORMAT_VERSION)
+        if version < FORMAT_VERSION:
+            self._upgrade(connection)
+
+    def _upgrade(self, connection: duckdb.DuckDBPyConnection) -> None:
+        """From version 1, which didn't say who made a series; checkpointed at once, since DDL in a log is a risk."""
+        try:
+            connection.execute("BEGIN")
+            connection.execute("ALTER TABLE series ADD COLUMN owner VARCHAR DEFAULT ''")
+            connection.execute("UPDATE meta SET value = ? WHERE key = 'version'", [str(FORMAT_VERSION)])
+            connection.execute("COMMIT")
+            self.checkpoint()
+        except duckdb.Error as error:
+            raise _opening_error(self.path, error) from error
 
     def _create(self, connection: duckdb.DuckDBPyConnection) -> None:
         try:

@@ -35,8 +35,8 @@ class Expiry:
             return deleted, 0
         gone = catalog.index.expired(cutoff_ms)
         if gone:
-            connection.execute("DELETE FROM series WHERE id IN (SELECT unnest(?::INTEGER[]))", [gone])
-            catalog.forget_series(gone)
+            rows = connection.execute("DELETE FROM series WHERE id IN (SELECT unnest(?::INTEGER[])) RETURNING owner", [gone])
+            catalog.forget_series(gone, [owner for (owner,) in rows.fetchall()])
         if any(state.committed_unix_ms < cutoff_ms for state in catalog.shipments.values()):
             connection.execute("DELETE FROM shipments WHERE committed_unix_ms < ?", [cutoff_ms])
             catalog.forget_shipments(cutoff_ms)

@@ -5,11 +5,13 @@ Never broken:
 - the high-water mark never goes back, and gaps + distinct stored sequences = high-water mark;
 - a receipt's stored points are exactly the rows of its batch in the plan;
 - an increase (delta) is added to its series' running total once: only one that is later than the last counts;
-- no more than `series_max` series exist after the plan.
+- no more than `series_max` series exist after the plan, and no owner makes more than its share of them;
+- the last percent of `series_max` is the collector's own: what it says about the herd is not crowded out.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -24,6 +26,22 @@ _REFUSED = -1
 _T = TypeVar("_T", bound=np.generic)
 
 
+class NewSeries(NamedTuple):
+    """A series that a batch makes; its owner is who sent it first."""
+
+    id: int
+    labels: Labels
+    owner: str
+
+
+@dataclass(frozen=True, slots=True)
+class SeriesLimits:
+    """How many series there may be: in all, and made by one owner."""
+
+    total: int
+    per_owner: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class CommitPlan:
     """One transaction: new rows, the samples' columns, moved high-water marks, and the answers.
@@ -32,7 +50,7 @@ class CommitPlan:
     transaction is committed.
     """
 
-    new_series: tuple[tuple[int, Labels], ...]
+    new_series: tuple[NewSeries, ...]
     metrics: tuple[Metric, ...]
     series_ids: NDArray[np.int32]
     times_ms: NDArray[np.int64]
@@ -63,15 +81,16 @@ class Known:
     metrics: Mapping[str, Metric]
     next_series_id: int
     series_count: int
+    owned_by: Callable[[str], int]  # how many series an owner has made
     totals_of: Callable[[Collection[int]], Mapping[int, Total]]  # of those ids that have one; may ask the disk
 
 
-def plan_commit(batches: Sequence[Batch], known: Known, *, series_max: int, now_unix_ms: int) -> CommitPlan:
+def plan_commit(batches: Sequence[Batch], known: Known, *, limits: SeriesLimits, now_unix_ms: int) -> CommitPlan:
     """Lay `batches`, in their order of arrival, over what is known."""
-    draft = _Draft(known, series_max, now_unix_ms)
+    draft = _Draft(known, limits, now_unix_ms)
     receipts = tuple(draft.add(batch) for batch in batches)
     return CommitPlan(
-        new_series=tuple((series_id, labels) for labels, series_id in draft.new_series.items()),
+        new_series=tuple(draft.new_series.values()),
         metrics=tuple(draft.new_metrics.values()),
         series_ids=_joined(draft.ids, np.int32),
         times_ms=_joined(draft.times, np.int64),
@@ -86,9 +105,10 @@ def plan_commit(batches: Sequence[Batch], known: Known, *, series_max: int, now_
 class _Draft:
     """A plan while it grows."""
 
-    def __init__(self, known: Known, series_max: int, now_unix_ms: int) -> None:
-        self._known, self._room, self._now_unix_ms = known, series_max - known.series_count, now_unix_ms
-        self.new_series: dict[Labels, int] = {}
+    def __init__(self, known: Known, limits: SeriesLimits, now_unix_ms: int) -> None:
+        self._known, self._limits, self._now_unix_ms = known, limits, now_unix_ms
+        self._made: Counter[str] = Counter()
+        self.new_series: dict[Labels, NewSeries] = {}
         self.new_metrics: dict[str, Metric] = {}
         self.shipments: dict[tuple[str, str], ShipmentState] = {}
         self.resolved: dict[SeriesLayout, NDArray[np.int32]] = {}
@@ -119,7 +139,7 @@ class _Draft:
         return receipt
 
     def _add_points(self, batch: Batch, gap: int) -> Receipt:
-        layout_ids = self._resolve(batch.layout)
+        layout_ids = self._resolve(batch.layout, batch.owner)
         ids, times, values = layout_ids[batch.series], batch.times_ms, batch.values
         series_refused = int(np.count_nonzero(layout_ids == _REFUSED))
         refused = ids == _REFUSED if series_refused else None
@@ -135,7 +155,8 @@ class _Draft:
         self.times.append(times)
         self.values.append(values)
         points_refused = int(np.count_nonzero(refused)) if refused is not None else 0
-        return Receipt(len(ids), series_refused, points_refused, refused, deltas_repeated, gap=gap)
+        over_share = bool(series_refused) and self._share_left(batch.owner) < 1
+        return Receipt(len(ids), series_refused, points_refused, refused, over_share, deltas_repeated, gap=gap)
 
     def _add_up(self, batch: Batch, ids: NDArray[np.int32]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """The batch's values with its increases turned into running totals, and which points aren't repeats of any."""
@@ -157,13 +178,13 @@ class _Draft:
                 values[place] = self.totals[series_id].value
         return values, is_new
 
-    def _resolve(self, layout: SeriesLayout) -> NDArray[np.int32]:
+    def _resolve(self, layout: SeriesLayout, owner: str) -> NDArray[np.int32]:
         ids = self.resolved.get(layout)
         if ids is None:
             ids = self._known.layout_ids(layout)
         if ids is not None:
             return ids
-        ids = np.fromiter((self._id(labels) for labels in layout.labels), np.int32, len(layout.labels))
+        ids = np.fromiter((self._id(labels, owner) for labels in layout.labels), np.int32, len(layout.labels))
         for metric in layout.metrics:
             if self._known.metrics.get(metric.name) != metric:
                 self.new_metrics[metric.name] = metric
@@ -171,17 +192,28 @@ class _Draft:
             self.resolved[layout] = ids
         return ids
 
-    def _id(self, labels: Labels) -> int:
+    def _id(self, labels: Labels, owner: str) -> int:
         series_id = self._known.id_of(labels)
-        if series_id is None:
-            series_id = self.new_series.get(labels)
         if series_id is not None:
             return series_id
-        if len(self.new_series) >= self._room:
+        made = self.new_series.get(labels)
+        if made is not None:
+            return made.id
+        if self._room_left(owner) < 1 or self._share_left(owner) < 1:
             return _REFUSED
         series_id = self._known.next_series_id + len(self.new_series)
-        self.new_series[labels] = series_id
+        self.new_series[labels] = NewSeries(series_id, labels, owner)
+        self._made[owner] += 1
         return series_id
+
+    def _room_left(self, owner: str) -> int:
+        reserved = self._limits.total // 100 if owner else 0
+        return self._limits.total - reserved - self._known.series_count - len(self.new_series)
+
+    def _share_left(self, owner: str) -> int:
+        if not owner:
+            return 1
+        return self._limits.per_owner - self._known.owned_by(owner) - self._made[owner]
 
 
 def _joined(parts: list[NDArray[_T]], dtype: type[_T]) -> NDArray[_T]:

@@ -22,7 +22,7 @@ from pgherd.storage.series.batch import Batch, Receipt
 from pgherd.storage.series.catalog import Catalog, labels_to_json
 from pgherd.storage.series.database import Database, first_line, unavailable
 from pgherd.storage.series.expiry import Expiry
-from pgherd.storage.series.plan import CommitPlan, plan_commit
+from pgherd.storage.series.plan import CommitPlan, SeriesLimits, plan_commit
 from pgherd.storage.series.queue import CommitQueue, Waiting
 
 _CHECKPOINT_MARGIN_BYTES = 4 * 1024 * 1024
@@ -36,6 +36,7 @@ class WriterSettings:
     """Limits and rhythm of the writer."""
 
     series_max: int = 1_000_000
+    series_per_owner_max: int = 200_000
     queue_points_max: int = 2_000_000
     queue_bytes_max: int = 128 * 1024 * 1024
     commit_points_max: int = 500_000  # of one transaction: bounds what the last in the group waits for
@@ -144,7 +145,7 @@ class Writer:
             plan = plan_commit(
                 [batch for batch, _ in group],
                 self.catalog.known(),
-                series_max=self._settings.series_max,
+                limits=SeriesLimits(self._settings.series_max, self._settings.series_per_owner_max),
                 now_unix_ms=self._clock.wall_unix_ns() // 1_000_000,
             )
             if len(plan.series_ids) or plan.shipments:
@@ -167,9 +168,10 @@ class Writer:
         connection = self._database.connection
         series = pa.table(
             {
-                "id": pa.array([series_id for series_id, _ in plan.new_series], pa.int32()),
-                "name": pa.array([dict(labels)["__name__"] for _, labels in plan.new_series], pa.string()),
-                "labels": pa.array([labels_to_json(labels) for _, labels in plan.new_series], pa.string()),
+                "id": pa.array([made.id for made in plan.new_series], pa.int32()),
+                "name": pa.array([dict(made.labels)["__name__"] for made in plan.new_series], pa.string()),
+                "labels": pa.array([labels_to_json(made.labels) for made in plan.new_series], pa.string()),
+                "owner": pa.array([made.owner for made in plan.new_series], pa.string()),
             }
         )
         samples = pa.table({"series_id": plan.series_ids, "ts_ms": plan.times_ms, "value": plan.values})
