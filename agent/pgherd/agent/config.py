@@ -51,6 +51,22 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class RoundsConfig:
+    """Walks over all databases, every sampling.rare_interval: tables, indexes, sequences and sizes.
+
+    One database at a time, over a second connection that lives for that one only. What the budget doesn't reach
+    waits for the next walk; `pgherd_rounds_age_seconds` tells how old what is known of a database is.
+    """
+
+    enabled: bool = True
+    cost_max: float = 0.003  # share of a core of the server that walks may take
+    walk_timeout: Duration = 60.0
+    database_timeout: Duration = 4.0  # DROP DATABASE waits five seconds for visitors to leave
+    tables_max: int = 50  # tables with series, and as many indexes, per database: those that changed most, and the largest
+    series_max: int = 10_000  # of all databases of a node together; each keeps room for a few tables
+
+
+@dataclass(frozen=True, slots=True)
 class SpoolConfig:
     """The bounded queue on disk between sampler and collector; the oldest segment goes first."""
 
@@ -100,6 +116,7 @@ class AgentConfig:
     state_directory: Path = Path("/var/lib/pgherd-agent")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    rounds: RoundsConfig = field(default_factory=RoundsConfig)
     spool: SpoolConfig = field(default_factory=SpoolConfig)
     backup: BackupConfig = field(default_factory=BackupConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)

@@ -36,6 +36,7 @@ from pgherd.agent.node import NodeStatus
 from pgherd.agent.nodes import node_ids
 from pgherd.agent.probes.catalog import load_catalog
 from pgherd.agent.probes.host import HostProbe
+from pgherd.agent.rounds.walk import Rounds
 from pgherd.agent.sampler import NodeSampler
 from pgherd.agent.schedule import BackupSchedule
 from pgherd.agent.status import StatusFile
@@ -107,6 +108,20 @@ class Agent:
             )
             for node in config.nodes
         ]
+        self._rounds = [
+            Rounds(
+                node,
+                config.sampling,
+                config.rounds,
+                connection=sampler.connection,
+                emitter=sampler.emitter,
+                budget=sampler.budget,
+                status=lambda sampler=sampler: sampler.status,  # type: ignore[misc]
+                clock=clock,
+            )
+            for node, sampler in zip(config.nodes, self._samplers, strict=True)
+            if config.rounds.enabled
+        ]
         outlet = Outlet()
         policy = policy_of(config.policy)
         self._schedule: BackupSchedule | None = None
@@ -174,7 +189,10 @@ class Agent:
         """Until `stop` is set; then samplers first, the spool is given a moment to drain, children are ended, state is kept."""
         await self._executor.recover()
         async with asyncio.TaskGroup() as tasks:
-            sampling = [tasks.create_task(sampler.run()) for sampler in self._samplers]
+            sampling = [
+                *(tasks.create_task(sampler.run()) for sampler in self._samplers),
+                *(tasks.create_task(rounds.run()) for rounds in self._rounds),
+            ]
             others = [tasks.create_task(self._keep_status())]
             if self._schedule:
                 others.append(tasks.create_task(self._schedule.run()))

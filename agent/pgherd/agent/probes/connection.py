@@ -290,8 +290,8 @@ class NodeConnection:
         link, self._link, self._meter = self._link, None, None
         return link
 
-    async def close(self) -> None:
-        """End the connection and any pending attempt."""
+    async def close(self, *, until_gone_s: float = 0.0) -> None:
+        """End the connection and any pending attempt; wait at most `until_gone_s` until the server has ended its side."""
         async with self._turn:
             attempt, self._attempt = self._attempt, None
             if attempt is not None:
@@ -299,8 +299,27 @@ class NodeConnection:
                 with contextlib.suppress(asyncio.CancelledError, psycopg.Error, PgherdError):
                     await attempt
             link = self._let_go()
-            if link is not None:
+            if link is not None and until_gone_s > 0:
+                await _finish_and_wait(link, until_gone_s)
+            elif link is not None:
                 link.finish()
+
+
+async def _finish_and_wait(link: pq.abc.PGconn, timeout_s: float) -> None:
+    """Say goodbye and wait for the backend's end, seen as the end of the stream on a second descriptor of the socket."""
+    try:
+        end = socket.socket(fileno=os.dup(link.socket))
+    except (OSError, psycopg.Error):
+        link.finish()
+        return
+    with end:
+        link.finish()
+        end.setblocking(False)
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while await loop.sock_recv(end, 4096):
+                    pass
 
 
 def _shut_down(link: pq.abc.PGconn) -> None:

@@ -9,7 +9,7 @@ asked in a batch keeps its series.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -51,6 +51,10 @@ class Emitter:
             current = series | current
         stale = [sample for source in stated for sample in vanished(self._alive.get(source, {}), current)]
         self._alive |= stated
+        return await self.emit_held(current, stale, unix_ns)
+
+    async def emit_held(self, current: Series, stale: Sequence[Sample], unix_ns: int) -> Emitted:
+        """Spool one batch of a source that remembers by itself what it stated last, in a smaller form than series."""
         if not current and not stale:
             return Emitted(0, spooled=True)
         payload, points = encode(self._origin, current, stale, unix_ns), len(current) + len(stale)
