@@ -56,6 +56,7 @@ from pgherd.collector.ingest.quota import Quota
 from pgherd.collector.ingest.service import MetricsService, ServiceSettings
 from pgherd.collector.listeners import BoundedListener, ConnectionLimits, raise_descriptor_limit, tcp_listener, unix_listener
 from pgherd.collector.listeners import Limits as ConnectionShares
+from pgherd.collector.replication.series import LagSeries
 from pgherd.collector.setup import Layout
 from pgherd.promql.engine import Limits
 from pgherd.promql.parse import parse
@@ -194,6 +195,7 @@ class Collector:
         self.heartbeats = HeartbeatSeries(
             control, self.herd, series.append, clock, interval_s=min(10.0, config.alerts.interval)
         )
+        self.lag = LagSeries(control, self.herd, series, clock)
 
     def _owns(self, agent_id: str, node_id: str) -> bool:
         """Whether a node is this agent's: what hello claimed, live or as stored."""
@@ -318,6 +320,7 @@ class Collector:
                         ("evaluator", self.evaluator.run()),
                         ("outbox", self.outbox.run()),
                         ("heartbeats", self.heartbeats.run()),
+                        ("replication lag", self.lag.run()),
                         ("certificate", self.certificate.keep_fresh()),
                     )
                 ]

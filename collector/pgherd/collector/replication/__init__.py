@@ -1,0 +1,1 @@
+"""How far standbys are behind, judged by the collector from positions alone."""
