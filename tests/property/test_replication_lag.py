@@ -269,6 +269,16 @@ def test_a_position_that_the_primary_never_wrote_is_unknown() -> None:
     assert isinstance(cluster.judge("s", at(10)), Known)
 
 
+def test_a_primary_restored_to_an_earlier_state_begins_another_past() -> None:
+    """A snapshot brought back under the same timeline: what the standby has replayed was never written in this past."""
+    cluster = fed(*(primary(second, 1000 + 100 * second) for second in range(5)), standby(4, 1400))
+    for second in range(5, 20):
+        cluster.observe(primary(second, 900 + second))
+        cluster.observe(standby(second, 1400))
+        assert not isinstance(cluster.judge("s", at(second)), Known)
+    assert cluster.judge("s", at(19)) == Unknown(Reason.AHEAD)
+
+
 def test_behind_the_beginning_of_the_history_says_at_least() -> None:
     cluster = fed(*(primary(second, 1000 + second) for second in range(30)), standby(29, 5))
     assert cluster.judge("s", at(29)) == Unknown(Reason.BEFORE_HISTORY, 29.0)
@@ -286,6 +296,14 @@ def test_a_hole_in_the_history_is_unknown_until_late_samples_fill_it() -> None:
     verdict = holed.judge("s", at(100))
     assert isinstance(verdict, Known)
     assert abs(verdict.seconds - 69) <= 0.5 * WIDTH_MAX_MS / 1000
+
+
+def test_caught_up_with_a_primary_that_was_not_seen_for_a_while_is_no_zero() -> None:
+    """Its live tier was shed: ten seconds between two samples, in the middle of which the standby looked."""
+    cluster = fed(*(primary(second, 1000) for second in range(5)), standby(9, 1000), primary(14, 2000))
+    assert cluster.judge("s", at(14)) == Unknown(Reason.HISTORY_GAP)
+    idle = fed(*(primary(second, 1000) for second in range(5)), standby(9, 1000), primary(14, 1000))
+    assert idle.judge("s", at(14)) == Known(at(9), 0.0, 0)
 
 
 def test_broken_is_told_idle_or_not() -> None:

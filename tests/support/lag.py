@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Iterator
@@ -20,10 +21,13 @@ from typing import Any
 
 import numpy as np
 import psycopg
+from psycopg.rows import dict_row
 
+from pgherd.agent.probes.catalog import Probe, load_catalog
+from pgherd.agent.probes.rows import samples_of
 from pgherd.collector.control.herd import Herd, NodeReport
 from pgherd.collector.replication.series import LagSeries
-from pgherd.proto.samples import STALE_NAN
+from pgherd.proto.samples import STALE_NAN, Sample
 from pgherd.proto.selectors import Matcher, MatchOp
 from pgherd.runtime.clock import SystemClock
 from pgherd.storage.control.store import ControlStore
@@ -37,28 +41,19 @@ from support.waiting import wait_until
 TICK_S = 1.0
 CLUSTER = "herd"
 
-# The tick's columns are the live tier's series; the last two are what an exporter says, and the truth.
-_TICK = """
-SELECT is_replica::int AS pg_replication_is_replica,
-       CASE WHEN NOT is_replica THEN (pg_current_wal_flush_lsn() - '0/0')::float8 END AS flush,
-       CASE WHEN is_replica THEN (pg_last_wal_receive_lsn() - '0/0')::float8 END AS receive,
-       CASE WHEN is_replica THEN (pg_last_wal_replay_lsn() - '0/0')::float8 END AS replay,
-       CASE WHEN NOT is_replica THEN ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::int
-            ELSE coalesce((SELECT received_tli FROM pg_stat_wal_receiver), (SELECT timeline_id FROM pg_control_checkpoint()))
-            END AS pgherd_timeline,
-       CASE WHEN is_replica THEN coalesce((SELECT (status = 'streaming')::int FROM pg_stat_wal_receiver), 0) END
-         AS pgherd_wal_receiver_streaming,
-       (SELECT extract(epoch FROM clock_timestamp() - last_msg_receipt_time)::float8 FROM pg_stat_wal_receiver)
-         AS pgherd_wal_receiver_heard_age_seconds,
-       (SELECT setting::float8 / 1000 FROM pg_settings WHERE name = 'recovery_min_apply_delay')
-         AS pgherd_recovery_min_apply_delay_seconds,
-       CASE WHEN NOT is_replica OR pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn() THEN 0
+# What an exporter says on a standby, what the upstream's own view says, and the truth.
+_BESIDE = """
+SELECT CASE WHEN NOT pg_is_in_recovery() OR pg_last_wal_receive_lsn() = pg_last_wal_replay_lsn() THEN 0
             ELSE extract(epoch FROM now() - pg_last_xact_replay_timestamp())::float8 END AS exporter,
        (SELECT number FROM beats) AS beat,
        (SELECT max(extract(epoch FROM replay_lag))::float8 FROM pg_stat_replication) AS senders_replay_lag
-FROM (SELECT pg_is_in_recovery() AS is_replica) AS here
 """
-_POSITIONS = ("flush", "receive", "replay")
+
+
+@functools.cache
+def live_probe(major: int) -> Probe:
+    """What the agent asks every second."""
+    return next(probe for probe in load_catalog().for_major(major) if probe.name == "live")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +151,13 @@ class _Target:
     report: NodeReport | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    tick: dict[str, Any]
+    samples: list[Sample]
+    beside: dict[str, Any]
+
+
 @dataclass
 class Watch:
     """Samples, judges and notes, once a second until it ends. `phase` labels what follows."""
@@ -232,16 +234,15 @@ class Watch:
         asyncio.run(self.lag.write())
         self.turn_seconds.append(time.perf_counter() - started)
         for name, (at_ms, row) in answers.items():
-            if row is None or not row["pg_replication_is_replica"]:
+            if row is None or not row.tick["is_replica"]:
                 continue
             sender = answers.get(self.upstream.get(name, ""), (0, None))[1]
-            delay_s = row["pgherd_recovery_min_apply_delay_seconds"]
             self.readings.append(
                 Reading(
                     phase, name, at_ms,
-                    truth_s=self.beats.lag_s(row["beat"], at_ms / 1000 - delay_s),
-                    exporter_s=row["exporter"],
-                    sender_s=None if sender is None else sender["senders_replay_lag"],
+                    truth_s=self.beats.lag_s(row.beside["beat"], at_ms / 1000 - row.tick["apply_delay"]),
+                    exporter_s=row.beside["exporter"],
+                    sender_s=None if sender is None else sender.beside["senders_replay_lag"],
                 )
             )  # fmt: skip
 
@@ -249,23 +250,24 @@ class Watch:
     def _was_primary(target: _Target) -> bool:
         return target.report is not None and target.report.role == "primary"
 
-    def _ask(self, name: str) -> tuple[int, dict[str, Any] | None]:
+    def _ask(self, name: str) -> tuple[int, _Answer | None]:
         target = self.targets[name]
         assert target.report is not None
         at_ms = time.time_ns() // 1_000_000  # as the agent: before the question
         try:
             if target.connection is None:
                 target.connection = target.server.connect()
-            cursor = target.connection.execute(_TICK)
-            assert cursor.description is not None
-            row = dict(zip([column.name for column in cursor.description], cursor.fetchall()[0], strict=True))
+            cursor = target.connection.cursor(row_factory=dict_row)
+            probe = live_probe(target.server.major)
+            tick = cursor.execute(probe.sql).fetchall()
+            answer = _Answer(tick[0], samples_of(probe, tick), cursor.execute(_BESIDE).fetchall()[0])
         except psycopg.Error:
             if target.connection is not None:
                 target.connection.close()
             target.connection, target.report = None, replace(target.report, condition="down")
             return at_ms, None
-        target.report = replace(target.report, condition="up", role="standby" if row["pg_replication_is_replica"] else "primary")
-        return at_ms, row
+        target.report = replace(target.report, condition="up", role="standby" if answer.tick["is_replica"] else "primary")
+        return at_ms, answer
 
     # ---- what was said
 
@@ -318,21 +320,15 @@ def _at(series: list[tuple[dict[str, str], dict[int, float]]], node: str, times:
     return None
 
 
-def _tick_batch(node: str, at_ms: int, row: dict[str, Any] | None) -> Batch:
+def _tick_batch(node: str, at_ms: int, answer: _Answer | None) -> Batch:
     labels = {"job": "pgherd", "instance": f"{node}:5432", "cluster": CLUSTER, "node": node}
-    series, values = [], []
-    for name, value in (row or {"pg_replication_is_replica": STALE_NAN}).items():
-        if value is None or name in ("exporter", "beat", "senders_replay_lag"):
-            continue
-        more = {"__name__": "pgherd_wal_position_bytes", "position": name} if name in _POSITIONS else {"__name__": name}
-        series.append({**labels, **more})
-        values.append(float(value))
-    return Batch(
-        layout_of(series),
-        np.arange(len(series), dtype=np.int32),
-        np.full(len(series), at_ms, np.int64),
-        np.array(values, np.float64),
-    )
+    if answer is None:
+        series, values = [{**labels, "__name__": "pg_replication_is_replica"}], [STALE_NAN]
+    else:
+        series = [{**labels, **sample.labels, "__name__": sample.metric.name} for sample in answer.samples]
+        values = [sample.value for sample in answer.samples]
+    numbers = np.arange(len(series), dtype=np.int32)
+    return Batch(layout_of(series), numbers, np.full(len(series), at_ms, np.int64), np.array(values, np.float64))
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@ recovery_min_apply_delay; it is behind by that moment minus the time at which th
 the standby that it answers wrongly while its link is cut, and a cascade is measured against the primary, not against its hop.
 
 Never broken:
-- 0 only when the standby had replayed everything that the primary is known to have written by the moment in question;
+- 0 only when the standby had replayed everything that the primary is known to have written by the moment in question, and
+  the primary was seen within WIDTH_MAX_MS of it (one missed sample) or is known not to have written since;
 - a value only for a time at which the primary was seen too: its samples reach up to it or beyond;
 - with positions fixed the lag grows as time does; a standby that replayed more isn't further behind;
 - a value's error is at most half of its bracket, and brackets wider than WIDTH_MAX_MS and a fifth of the value aren't values
@@ -250,10 +251,13 @@ class ClusterLag:
         if due_lsn is None and seen.replayed < first.lsn:
             return Unknown(Reason.BEFORE_HISTORY)
         wal_bytes = max(0, written_lsn - seen.replayed)
-        if due_lsn is None or seen.replayed >= due_lsn:
-            return Known(seen.at_ms, 0.0, wal_bytes)
         passed = self._history.passed(seen.replayed)
-        assert passed is not None  # due_lsn was written and isn't replayed
+        if passed is None or due_ms < (passed.after_ms or 0) or due_lsn is None:
+            return Known(seen.at_ms, 0.0, wal_bytes)
+        if seen.replayed >= due_lsn:
+            # What it lacks was written after the primary's last sample before that moment: behind by no more than that.
+            is_seen = passed.after_ms is not None and due_ms - passed.after_ms <= WIDTH_MAX_MS
+            return Known(seen.at_ms, 0.0, wal_bytes) if is_seen else Unknown(Reason.HISTORY_GAP)
         at_least_s = max(0.0, (due_ms - passed.by_ms) / 1000)
         if passed.after_ms is None:
             return Unknown(Reason.BEFORE_HISTORY, at_least_s)
