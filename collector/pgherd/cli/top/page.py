@@ -148,6 +148,8 @@ def duration(seconds: float | None) -> str:
     """Two significant figures or so, in at most six characters: 0.00023 → "230µs", 75 → "75s", 5400 → "1.5h"."""
     if seconds is None:
         return "?"
+    if seconds == 0:
+        return "0s"
     if seconds < 0:
         return "-" + duration(-seconds)
     for limit, unit_s, unit in ((1e-3, 1e-6, "µs"), (1, 1e-3, "ms"), (120, 1, "s"), (7200, 60, "m"), (48 * 3600, 3600, "h")):

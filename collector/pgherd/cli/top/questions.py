@@ -54,8 +54,9 @@ NODE: Final[Mapping[str, str]] = {
     "disk_ratio": "pgherd_disk_used_ratio{SEL}",
     "disk_avail": "pgherd_disk_avail_bytes{SEL}",
     "disk_total": "pgherd_disk_total_bytes{SEL}",
-    # What is left, over how fast it shrank in the last hour: only where it shrinks at all.
-    "disk_full_in": "pgherd_disk_avail_bytes{SEL} / -(deriv(pgherd_disk_avail_bytes{SEL}[1h]) < 0)",
+    # What is left, over how fast it shrank in the last hour: only where it shrinks, and half an hour of it was seen.
+    "disk_full_in": "pgherd_disk_avail_bytes{SEL} / -(deriv(pgherd_disk_avail_bytes{SEL}[1h]) < 0)"
+    " and pgherd_disk_avail_bytes{SEL} offset 30m",
     "inodes_free": "pgherd_disk_inodes_free{SEL}",
     "inodes_total": "pgherd_disk_inodes_total{SEL}",
     "max_connections": "pgherd_connections_max{SEL}",
