@@ -82,7 +82,7 @@ def main() -> None:
         subprocess.run(initialise, check=True, capture_output=True, timeout=300)
         pgbench(server, options.seconds)  # warm
         for pair in range(options.pairs):
-            tps = {}
+            tps: dict[bool, float] = {}
             for sampled in (False, True) if pair % 2 == 0 else (True, False):
                 if not sampled:
                     tps[sampled] = pgbench(server, options.seconds)
