@@ -135,6 +135,36 @@ def test_acknowledged_is_stored_once_and_gaps_are_counted(store: SeriesStore) ->
     assert [len(window.times_ms) for window in store.select([name_is("pg_stat_x")], 0, 1 << 60)] == [3, 3]
 
 
+def test_joined_requests_are_stored_under_their_own_sequences(store: SeriesStore) -> None:
+    """Whatever of a group had arrived before, and however groups are cut after a restart."""
+
+    async def body(wire: Wire) -> None:
+        def parts(first: int, last: int) -> tuple[bytes, str]:
+            made = [simple([float(n)] * n, wire.now_ns() + n * 1_000_000_000) for n in range(first, last + 1)]
+            return b"".join(made), ",".join(str(len(part)) for part in made)
+
+        async def ship(first: int, last: int) -> None:
+            joined, lengths = parts(first, last)
+            metadata = (
+                ("pgherd-incarnation", INCARNATION), ("pgherd-sequence", str(first)), ("pgherd-lengths", lengths),
+            )  # fmt: skip
+            await wire.channel.unary_unary(f"/{SERVICE}/Export")(joined, timeout=10, metadata=metadata)
+
+        for first, last in ((1, 3), (2, 5), (1, 5), (4, 4), (7, 8)):
+            await ship(first, last)
+        assert sequence_of(store) == (8, 1, 1 + 2 + 3 + 4 + 5 + 7 + 8)
+        assert wire.service.counters.requests_repeated == 2 + 5 + 1
+        good, _ = parts(9, 9)
+        for lengths in ("", "x", str(len(good) + 1), f"{len(good) + 1},-1", ",".join(["0"] * 256 + [str(len(good))])):
+            metadata = (("pgherd-incarnation", INCARNATION), ("pgherd-sequence", "9"), ("pgherd-lengths", lengths))
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await wire.channel.unary_unary(f"/{SERVICE}/Export")(good, timeout=10, metadata=metadata)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+    run(store, body)
+    assert sequence_of(store)[0] == 8
+
+
 def test_partial_success_names_what_was_left_out(store: SeriesStore) -> None:
     async def body(wire: Wire) -> None:
         request = ExportMetricsServiceRequest()

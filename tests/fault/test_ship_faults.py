@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,8 @@ from support.spooling import open_spool
 
 pytestmark = pytest.mark.fault
 
-SETTINGS = ShipSettings(deadline_s=1.0, backoff_min_s=0.02, backoff_max_s=0.1, denied_retry_s=0.05, idle_poll_s=5.0)
+GROUPS = ShipSettings(deadline_s=1.0, backoff_min_s=0.02, backoff_max_s=0.1, denied_retry_s=0.05, idle_poll_s=5.0)
+SETTINGS = replace(GROUPS, group_batches_max=1)
 OK = ExportMetricsServiceResponse().SerializeToString()
 
 
@@ -37,7 +40,9 @@ class Collector:
 
     def __init__(self) -> None:
         self.script: list[Callable[[Any], Any]] = []
-        self.received: list[tuple[dict[str, str], bytes]] = []
+        self.received: list[tuple[dict[str, str], bytes]] = []  # one by one, however they were joined
+        self.requests = 0
+        self.poison = b"\0poison"
         self.concurrent = self.concurrent_max = 0
 
     async def export(self, request: bytes, context: Any) -> bytes:
@@ -45,7 +50,16 @@ class Collector:
         self.concurrent_max = max(self.concurrent, self.concurrent_max)
         try:
             metadata = {key: value for key, value in context.invocation_metadata() if key.startswith("pgherd-")}
-            self.received.append((metadata, request))
+            self.requests += 1
+            lengths = [int(size) for size in metadata.pop("pgherd-lengths", str(len(request))).split(",")]
+            assert sum(lengths) == len(request)
+            ends = itertools.accumulate(lengths)
+            parts = [request[end - size : end] for size, end in zip(lengths, ends, strict=True)]
+            if any(self.poison in part for part in parts):
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "poison")
+            for number, part in enumerate(parts):
+                sequence = str(int(metadata["pgherd-sequence"]) + number)
+                self.received.append((metadata | {"pgherd-sequence": sequence}, part))
             if self.script:
                 answer = await self.script.pop(0)(context)
                 if answer is not None:
@@ -218,7 +232,7 @@ def test_a_lost_ack_ships_the_same_sequence_again_after_a_restart(tmp_path: Path
             batch = spool.head()
             assert batch is not None
             shipper = Shipper(spool, lambda: grpc.aio.insecure_channel(f"127.0.0.1:{port}"), SystemClock(), SETTINGS)
-            await shipper._send(batch)  # stored there; the agent dies before it notes the ack
+            await shipper._send([batch])  # stored there; the agent dies before it notes the ack
             spool.close()
             spool = open_spool(tmp_path / "spool")
             again = Shipper(spool, lambda: grpc.aio.insecure_channel(f"127.0.0.1:{port}"), SystemClock(), SETTINGS)
@@ -284,3 +298,30 @@ def test_a_hurry_ends_a_pause(tmp_path: Path) -> None:
         return len(collector.received)
 
     assert asyncio.run(work()) == 2
+
+
+def test_a_backlog_goes_in_groups_in_order_and_one_refused_batch_costs_only_itself(tmp_path: Path) -> None:
+    async def work() -> tuple[Collector, Any]:
+        collector = Collector()
+        collector.poison = b"batch 333 "
+        collector.script = [fail(grpc.StatusCode.UNAVAILABLE), never, garbage]
+        spool = open_spool(tmp_path / "spool", segment_max=4096)
+        for n in range(1, 601):
+            spool.append(b"batch %d " % n * 20, 10)
+        async with serving(collector) as port:
+            shipper = Shipper(spool, lambda: grpc.aio.insecure_channel(f"127.0.0.1:{port}"), SystemClock(), GROUPS)
+            task = asyncio.create_task(shipper.run())
+            await until(lambda: spool.status.pending_batches == 0, 30, "an empty spool")
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        counts = spool.status.counts
+        spool.close()
+        return collector, counts
+
+    collector, counts = asyncio.run(work())
+    first = {sequence: place for place, sequence in reversed(list(enumerate(collector.sequences)))}
+    assert sorted(first) == [n for n in range(1, 601) if n != 333]
+    assert list(first.values()) == sorted(first.values(), reverse=True), "the order stays"
+    assert (counts.acked_points, counts.poisoned_points, counts.acked_batches) == (5990, 10, 599)
+    assert (tmp_path / "spool" / "set-aside" / "refused-333.otlp").exists()
+    assert collector.requests < 300

@@ -18,7 +18,7 @@ _APPENDER = """
 import sys
 from pathlib import Path
 from pgherd.agent.config import SpoolConfig
-from pgherd.agent.telemetry.spool import Spool
+from pgherd.runtime.queue.spool import Spool
 from pgherd.runtime.clock import SystemClock
 spool = Spool.open(Path(sys.argv[1]), SpoolConfig(size_max=1 << 22, segment_max=2000), SystemClock())
 number = int(sys.argv[2])

@@ -35,7 +35,7 @@ from pgherd.agent.config import NodeConfig, SamplingConfig, SpoolConfig
 from pgherd.agent.probes.catalog import load_catalog
 from pgherd.agent.sampler import NodeSampler
 from pgherd.agent.telemetry import ship
-from pgherd.agent.telemetry.spool import Spool
+from pgherd.runtime.queue.spool import Spool
 from pgherd.runtime.clock import SystemClock
 from pgherd.runtime.logging import configure
 conninfo, directory, cycles = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])

@@ -11,7 +11,7 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgherd.agent.telemetry.segment import (
+from pgherd.runtime.queue.segment import (
     HEADER_BYTES,
     SegmentHeader,
     Tail,

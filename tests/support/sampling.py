@@ -15,8 +15,8 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from pgherd.agent.config import NodeConfig, SamplingConfig
 from pgherd.agent.probes.catalog import load_catalog
 from pgherd.agent.sampler import NodeSampler
-from pgherd.agent.telemetry.spool import Spool
 from pgherd.runtime.clock import SystemClock
+from pgherd.runtime.queue.spool import Spool
 from support.spooling import open_spool
 
 AGENT_ID = "11111111-1111-4111-8111-111111111111"

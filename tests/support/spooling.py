@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from pgherd.agent.config import SpoolConfig
-from pgherd.agent.telemetry.spool import Batch, Spool
 from pgherd.runtime.clock import SystemClock
+from pgherd.runtime.queue.spool import Batch, Spool
 
 
 def open_spool(directory: Path, *, size_max: int = 1 << 20, segment_max: int = 4096) -> Spool:

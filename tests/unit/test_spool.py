@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pgherd.agent.telemetry import ledger
-from pgherd.agent.telemetry.segment import HEADER_BYTES, MAGIC
 from pgherd.proto.errors import IntegrityError, PreconditionError
+from pgherd.runtime.queue import ledger
+from pgherd.runtime.queue.segment import HEADER_BYTES, MAGIC
 from support.spooling import drain, is_balanced, open_spool
 
 

@@ -41,7 +41,6 @@ from pgherd.agent.sampler import NodeSampler
 from pgherd.agent.schedule import BackupSchedule
 from pgherd.agent.status import StatusFile
 from pgherd.agent.telemetry.ship import Shipper
-from pgherd.agent.telemetry.spool import Spool
 from pgherd.proto.clock import Clock
 from pgherd.proto.errors import IntegrityError, PgherdError
 from pgherd.runtime.clock import SystemClock
@@ -49,6 +48,7 @@ from pgherd.runtime.config import from_plain
 from pgherd.runtime.durable import exclusive_lock, read_json
 from pgherd.runtime.logging import configure, get_logger
 from pgherd.runtime.process import clean_environment
+from pgherd.runtime.queue.spool import Spool
 from pgherd.runtime.render import render_error
 from pgherd.runtime.tls import channel_credentials
 

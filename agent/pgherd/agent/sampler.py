@@ -32,11 +32,11 @@ from pgherd.agent.probes.rhythm import Rhythm
 from pgherd.agent.probes.rows import samples_of, unknown_reason
 from pgherd.agent.telemetry.convert import Source
 from pgherd.agent.telemetry.emit import Emitter
-from pgherd.agent.telemetry.spool import Spool
 from pgherd.proto.clock import Clock
 from pgherd.proto.errors import PgherdError
 from pgherd.proto.samples import Metric, MetricKind, Sample
 from pgherd.runtime.logging import get_logger
+from pgherd.runtime.queue.spool import Spool
 
 _LATENCY_INTERVAL_S: Final = 0.1
 _SEND_SHARE: Final = 0.8  # of the interval: a slow server costs probes, not the rhythm

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 
 from pgherd.agent.node import NodeStatus
 from pgherd.agent.telemetry.ship import ShipStatus
-from pgherd.agent.telemetry.spool import SpoolStatus
 from pgherd.proto.clock import Clock
 from pgherd.proto.errors import PgherdError, PreconditionError
 from pgherd.runtime.durable import read_json, storage_error
+from pgherd.runtime.queue.spool import SpoolStatus
 
 FORMAT = "pgherd.status"
 VERSION = 1

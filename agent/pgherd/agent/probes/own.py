@@ -6,8 +6,8 @@ from typing import Final
 
 import psutil
 
-from pgherd.agent.telemetry.spool import SpoolStatus
 from pgherd.proto.samples import Metric, MetricKind, Sample
+from pgherd.runtime.queue.spool import SpoolStatus
 
 _GAUGE, _COUNTER = MetricKind.GAUGE, MetricKind.COUNTER
 _CPU: Final = Metric("process_cpu_seconds_total", _COUNTER, "Total user and system CPU time of the agent in seconds", "s")

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from pgherd.agent.telemetry.convert import Series, Source, encode, series_of, vanished
-from pgherd.agent.telemetry.spool import Spool
 from pgherd.proto.samples import Sample
+from pgherd.runtime.queue.spool import Spool
 
 # Sources that don't speak about the server: they go on while it is lost.
 INDEPENDENT: Final = frozenset({"agent", "host", "backups"})

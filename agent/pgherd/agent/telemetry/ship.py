@@ -1,4 +1,8 @@
-"""The shipper: spooled batches to the collector, one at a time, dropped only after the ack.
+"""The shipper: spooled batches to the collector, one request at a time, dropped only after the ack.
+
+What waited through an outage goes in groups: OTLP requests are joined by putting their bytes one after the other, and
+`pgherd-lengths` tells the collector where each ends, so that every batch keeps its own sequence and is stored once, whatever of a
+group had arrived before. A group that is refused for ever is sent again one by one, to find the batch that it is about.
 
 What the collector's answer means (OTLP specification, "OTLP/gRPC response"; our ingest codes):
 
@@ -17,7 +21,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -26,14 +30,15 @@ import grpc.aio
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
 
 from pgherd.agent.telemetry.convert import with_agent_id
-from pgherd.agent.telemetry.spool import Batch, Spool
 from pgherd.proto.clock import Clock
 from pgherd.proto.errors import PgherdError
 from pgherd.runtime.logging import get_logger
+from pgherd.runtime.queue.spool import Batch, Spool
 
 METHOD: Final = "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export"
 INCARNATION_KEY: Final = "pgherd-incarnation"
 SEQUENCE_KEY: Final = "pgherd-sequence"
+LENGTHS_KEY: Final = "pgherd-lengths"
 
 _log = get_logger(__name__)
 
@@ -49,6 +54,8 @@ class ShipSettings:
     backoff_min_s: float = 0.5
     backoff_max_s: float = 30.0
     denied_retry_s: float = 60.0
+    group_batches_max: int = 256  # the collector takes no more
+    group_bytes_max: int = 1024 * 1024
     idle_poll_s: float = 30.0  # wakes anyway, in case a wake-up was missed
 
 
@@ -86,6 +93,8 @@ class Shipper:
         self._hurry = asyncio.Event()
         self._channel: grpc.aio.Channel | None = None
         self._failures_in_row = 0
+        self._width = self._settings.group_batches_max
+        self._suspect_until = 0  # sequences up to this one go alone: one of them is refused
         self.status = ShipStatus()
 
     def notify(self) -> None:
@@ -122,19 +131,25 @@ class Shipper:
             await self.reconnect()
 
     async def ship_next(self) -> float | None:
-        """Send the oldest batch once. Returns seconds to wait before the next, None when nothing waits."""
-        batch = await asyncio.to_thread(self._spool.head)
-        if batch is None:
+        """Send the oldest batches once. Returns seconds to wait before the next, None when nothing waits."""
+        batches = await asyncio.to_thread(self._spool.heads, self._width, self._settings.group_bytes_max)
+        if not batches:
             return None
-        verdict, pause_s, why = await self._send(batch)
+        if batches[0].sequence <= self._suspect_until:
+            batches = batches[:1]
+        verdict, pause_s, why = await self._send(batches)
         match verdict:
             case "acked":
-                await asyncio.to_thread(self._spool.release, batch, "acked")
+                await asyncio.to_thread(self._spool.release_all, batches, "acked")
                 self._failures_in_row = 0
+                self._width = min(2 * self._width, self._settings.group_batches_max)
+                return 0.0
+            case "poison" if len(batches) > 1:
+                self._suspect_until = batches[-1].sequence
                 return 0.0
             case "poison":
-                _log.error("ship.refused", sequence=batch.sequence, points=batch.points, why=why)
-                await asyncio.to_thread(self._spool.release, batch, "poisoned")
+                _log.error("ship.refused", sequence=batches[0].sequence, points=batches[0].points, why=why)
+                await asyncio.to_thread(self._spool.release_all, batches, "poisoned")
                 self._failures_in_row = 0
                 return 0.0
             case "denied":
@@ -143,6 +158,7 @@ class Shipper:
                 return self._settings.denied_retry_s
             case "retry":
                 self._failures_in_row += 1
+                self._width = max(1, self._width // 2)  # a smaller group has a better chance on a bad link
                 if self._failures_in_row in (1, 10, 100) or self._failures_in_row % 1000 == 0:
                     _log.warning("ship.delayed", why=why, failures_in_row=self._failures_in_row)
                 return pause_s if pause_s is not None else self._backoff_s()
@@ -152,7 +168,7 @@ class Shipper:
         full = min(self._settings.backoff_max_s, self._settings.backoff_min_s * float(2**doublings))
         return full * (0.5 + 0.5 * self._jitter())
 
-    async def _send(self, batch: Batch) -> tuple[Verdict, float | None, str]:
+    async def _send(self, batches: Sequence[Batch]) -> tuple[Verdict, float | None, str]:
         if self._channel is None:
             try:
                 self._channel = self._channel_factory()
@@ -161,11 +177,15 @@ class Shipper:
         call = self._channel.unary_unary(METHOD, request_serializer=None, response_deserializer=None)
         status = self.status
         attempts = status.attempts + 1
+        parts = [with_agent_id(batch.payload, self._agent_id) if self._agent_id else batch.payload for batch in batches]
+        metadata = [(INCARNATION_KEY, batches[0].incarnation), (SEQUENCE_KEY, str(batches[0].sequence))]
+        if len(parts) > 1:
+            metadata.append((LENGTHS_KEY, ",".join(str(len(part)) for part in parts)))
         try:
             answer = await call(
-                with_agent_id(batch.payload, self._agent_id) if self._agent_id else batch.payload,
+                b"".join(parts),
                 timeout=self._settings.deadline_s,
-                metadata=((INCARNATION_KEY, batch.incarnation), (SEQUENCE_KEY, str(batch.sequence))),
+                metadata=tuple(metadata),
                 compression=grpc.Compression.Gzip,
             )
             rejected = _rejected_points(answer)
@@ -180,7 +200,7 @@ class Shipper:
             )
             return "retry", None, str(error)
         if rejected:
-            _log.warning("ship.partly_rejected", sequence=batch.sequence, rejected_points=rejected)
+            _log.warning("ship.partly_rejected", sequence=batches[0].sequence, rejected_points=rejected)
         self.status = ShipStatus(attempts, status.failures, status.rejected_points + rejected, self._clock.wall_unix_ns(), "")
         return "acked", None, ""
 

@@ -1,13 +1,13 @@
-"""The bounded queue on disk between the sampler and the collector.
+"""The bounded queue on disk between who makes batches and who ships them.
 
 Rules:
 - `append` returns after the batch is on disk (fdatasync); a kill -9 at any byte leaves a readable prefix;
 - sequences grow by one and are never used twice within an incarnation, over restarts and damage;
 - over `size_max` the oldest segment goes, counted; a full disk costs first the oldest segment, then the
-  new batch, counted, and never raises into the sampler;
+  new batch, counted, and never raises into who appends;
 - a damaged segment is set aside with its readable prefix kept, counted; a newer format is refused by name.
 
-Synchronous and safe to call from several threads; the resident agent calls it through `asyncio.to_thread`.
+Synchronous and safe to call from several threads; event loops call it through `asyncio.to_thread`. One shipper.
 """
 
 from __future__ import annotations
@@ -18,30 +18,13 @@ import os
 import threading
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, Protocol
 
 import zstandard
 
-from pgherd.agent.config import SpoolConfig
-from pgherd.agent.telemetry import ledger as ledger_format
-from pgherd.agent.telemetry.ledger import Counts, Ledger, reconciled
-from pgherd.agent.telemetry.segment import (
-    FORMAT_VERSION,
-    HEADER_BYTES,
-    RECORD_OVERHEAD_BYTES,
-    RecordRef,
-    SegmentHeader,
-    Tail,
-    decode_header,
-    encode_header,
-    encode_record,
-    is_intact,
-    payload_of,
-    scan,
-)
 from pgherd.proto.clock import Clock
 from pgherd.proto.errors import TransientError
 from pgherd.runtime.durable import (
@@ -56,6 +39,22 @@ from pgherd.runtime.durable import (
     sweep_temporaries,
 )
 from pgherd.runtime.logging import get_logger
+from pgherd.runtime.queue import ledger as ledger_format
+from pgherd.runtime.queue.ledger import Counts, Ledger, reconciled
+from pgherd.runtime.queue.segment import (
+    FORMAT_VERSION,
+    HEADER_BYTES,
+    RECORD_OVERHEAD_BYTES,
+    RecordRef,
+    SegmentHeader,
+    Tail,
+    decode_header,
+    encode_header,
+    encode_record,
+    is_intact,
+    payload_of,
+    scan,
+)
 
 _FORMAT_NAME: Final = "pgherd-spool"
 _SET_ASIDE_MAX: Final = 8  # files kept for a look; they don't count into size_max, they are at most segments
@@ -64,12 +63,22 @@ _PAYLOAD_BYTES_MAX: Final = 64 * 1024 * 1024
 
 _log = get_logger(__name__)
 
-Outcome = Literal["acked", "poisoned"]
+Outcome = Literal["acked", "poisoned", "expired"]
+
+
+class Bounds(Protocol):
+    """How big a queue may get. The newest segment alone may be larger, if one batch is."""
+
+    @property
+    def size_max(self) -> int: ...
+
+    @property
+    def segment_max(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One spooled request on its way out. `payload` is the OTLP request as it goes over the wire."""
+    """One spooled request on its way out. `payload` is what was appended."""
 
     incarnation: str
     sequence: int
@@ -122,7 +131,7 @@ class _Segment:
 class Spool:
     """See the module's rules. Open with `Spool.open`, end with `close`."""
 
-    def __init__(self, directory: Path, config: SpoolConfig, clock: Clock) -> None:
+    def __init__(self, directory: Path, config: Bounds, clock: Clock) -> None:
         self._directory = directory
         self._config = config
         self._clock = clock
@@ -132,14 +141,14 @@ class Spool:
         self._active_fd: int | None = None
         self._compressor = zstandard.ZstdCompressor(level=1)
         self._decompressor = zstandard.ZstdDecompressor()
-        self._in_flight: Batch | None = None
+        self._in_flight: tuple[Batch, ...] = ()
         self._ledger = Ledger(directory / "ledger")
         self.status = SpoolStatus()
         self.incarnation = ""
         self._next_sequence = 1
 
     @classmethod
-    def open(cls, directory: Path, config: SpoolConfig, clock: Clock) -> Spool:
+    def open(cls, directory: Path, config: Bounds, clock: Clock) -> Spool:
         """Open or create the spool; takes its lock until `close`.
 
         Raises PreconditionError state.locked, IntegrityError format.newer, TransientError disk.io | disk.full.
@@ -184,47 +193,76 @@ class Spool:
 
     def head(self) -> Batch | None:
         """The oldest batch that isn't released yet; stays until `release`."""
+        return next(iter(self.heads(1, _PAYLOAD_BYTES_MAX)), None)
+
+    def heads(self, batches_max: int, bytes_max: int) -> tuple[Batch, ...]:
+        """The oldest batches that aren't released yet, in order; they stay until `release`.
+
+        At least one if any waits, then as many as follow it without a gap in their sequences, in the same segment, within
+        both bounds (of payloads).
+        """
         with self._operation():
-            while (record := self._first()) is not None:
+            found: list[Batch] = []
+            size = 0
+            while (record := self._record(len(found))) is not None and len(found) < batches_max:
+                if found and record.sequence != found[-1].sequence + 1:
+                    break
                 segment = self._segments[0]
                 try:
                     payload = self._read(segment, record)
                 except (OSError, ValueError, zstandard.ZstdError) as error:
+                    if found:  # its turn comes
+                        break
                     self._lose(segment, str(error))
                     continue
-                self._in_flight = Batch(
-                    segment.header.incarnation, record.sequence, record.points, record.appended_unix_ns, payload
+                size += len(payload)
+                if found and size > bytes_max:
+                    break
+                found.append(
+                    Batch(segment.header.incarnation, record.sequence, record.points, record.appended_unix_ns, payload)
                 )
-                return self._in_flight
-            return None
+            self._in_flight = tuple(found)
+            return self._in_flight
 
     def release(self, batch: Batch, outcome: Outcome) -> None:
-        """The collector has it ("acked"), or refuses it for ever ("poisoned": then it is set aside).
+        """The other side has it ("acked"), or refuses it for ever ("poisoned": set aside), or it is too old to be of use.
 
         A batch that was evicted while it was on its way and arrived after all counts as acked.
         """
+        self.release_all((batch,), outcome)
+
+    def release_all(self, batches: Sequence[Batch], outcome: Outcome) -> None:
+        """`release` for the oldest of those that `heads` gave, in their order."""
         with self._operation():
-            if self._in_flight is not batch:
+            if tuple(batches) != self._in_flight[: len(batches)]:
                 return
-            self._in_flight = None
-            counts = self._counts
-            record = self._first()
-            here = record is not None and record.sequence == batch.sequence
-            if not here and outcome == "poisoned":
-                return
-            if outcome == "acked":
+            self._in_flight = self._in_flight[len(batches) :]
+            for batch in batches:
+                self._release(batch, outcome)
+            self._note(self._counts)
+            self._drop_finished()
+
+    def _release(self, batch: Batch, outcome: Outcome) -> None:
+        counts = self._counts
+        record = self._first()
+        here = record is not None and record.sequence == batch.sequence
+        if not here and outcome != "acked":
+            return
+        match outcome:
+            case "acked":
                 counts = replace(
                     counts, acked_points=counts.acked_points + batch.points, acked_batches=counts.acked_batches + 1
                 )
-            else:
+            case "poisoned":
                 counts = replace(counts, poisoned_points=counts.poisoned_points + batch.points)
                 self._set_aside(f"refused-{batch.sequence}.otlp", batch.payload)
-            if here:
-                self._segments[0].pop()
-                self._note(replace(counts, released_sequence=batch.sequence))
-                self._drop_finished()
-            else:
-                self._note(replace(counts, evicted_points=counts.evicted_points - batch.points))
+            case "expired":
+                counts = replace(counts, evicted_points=counts.evicted_points + batch.points)
+        if here:
+            self._segments[0].pop()
+            self._ledger.counts = replace(counts, released_sequence=batch.sequence)
+        else:
+            self._ledger.counts = replace(counts, evicted_points=counts.evicted_points - batch.points)
 
     def close(self) -> None:
         """Close files and give the lock back. What waits stays on disk."""
@@ -407,7 +445,7 @@ class Spool:
     def _refuse(self, points: int, why: str | None) -> bool:
         counts = self._counts
         self._note(replace(counts, refused_points=counts.refused_points + points))
-        _log.error("spool.refused", points=points, why=why, hint="free space below the agent's state_directory")
+        _log.error("spool.refused", points=points, why=why, hint="free space below the state_directory")
         return False
 
     def _lose(self, segment: _Segment, why: str) -> None:
@@ -424,6 +462,10 @@ class Spool:
     # ---- reading
 
     def _first(self) -> RecordRef | None:
+        return self._record(0)
+
+    def _record(self, place: int) -> RecordRef | None:
+        """The record that has so many waiting ones before it in the oldest segment."""
         while True:
             self._drop_finished()
             if not self._segments or not self._segments[0].pending_batches:
@@ -432,7 +474,7 @@ class Spool:
             if segment.records is None:
                 self._list_records(segment)
             if segment.records:
-                return segment.records[0]
+                return segment.records[place] if place < len(segment.records) else None
 
     def _list_records(self, segment: _Segment) -> None:
         """Read the oldest segment's index; what can't be read any more is lost, counted."""
