@@ -44,7 +44,7 @@ def test_points_sampled_are_points_stored(private_postgres: Server, tmp_path: Pa
             shipper = Shipper(bench.spool, lambda: grpc.aio.insecure_channel(f"127.0.0.1:{port}"), SystemClock())
             first = await asyncio.to_thread(bench.spool.head)
             assert first is not None
-            await shipper._send(first)  # its ack gets lost: the shipper sends it once more below
+            await shipper._send([first])  # its ack gets lost: the shipper sends it once more below
             while await shipper.ship_next() is not None:
                 pass
             await shipper.reconnect()
