@@ -53,12 +53,17 @@ class Walker:
 
     def stated(self) -> Stated:
         """Empties the spool."""
-        last: dict[tuple[str, tuple[tuple[str, str], ...]], Point] = {}
-        while (batch := self.bench.spool.head()) is not None:
-            for point in decode(batch.payload).points:
-                last[point.name, tuple(sorted(point.labels.items()))] = point
-            self.bench.spool.release(batch, "acked")
-        return Stated(list(last.values()))
+        return stated_of(self.bench)
+
+
+def stated_of(bench: Bench) -> Stated:
+    """What the spool holds; empties it."""
+    last: dict[tuple[str, tuple[tuple[str, str], ...]], Point] = {}
+    while (batch := bench.spool.head()) is not None:
+        for point in decode(batch.payload).points:
+            last[point.name, tuple(sorted(point.labels.items()))] = point
+        bench.spool.release(batch, "acked")
+    return Stated(list(last.values()))
 
 
 @contextlib.asynccontextmanager

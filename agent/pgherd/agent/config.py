@@ -67,6 +67,15 @@ class RoundsConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class StatementsConfig:
+    """Statements from pg_stat_statements, every sampling.slow_interval: totals per database and those that take most time."""
+
+    enabled: bool = True
+    top: int = 50  # statements with series of their own
+    texts: bool = True  # their texts too, literals removed
+
+
+@dataclass(frozen=True, slots=True)
 class SpoolConfig:
     """The bounded queue on disk between sampler and collector; the oldest segment goes first."""
 
@@ -117,6 +126,7 @@ class AgentConfig:
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     rounds: RoundsConfig = field(default_factory=RoundsConfig)
+    statements: StatementsConfig = field(default_factory=StatementsConfig)
     spool: SpoolConfig = field(default_factory=SpoolConfig)
     backup: BackupConfig = field(default_factory=BackupConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)

@@ -39,6 +39,7 @@ from pgherd.agent.probes.host import HostProbe
 from pgherd.agent.rounds.walk import Rounds
 from pgherd.agent.sampler import NodeSampler
 from pgherd.agent.schedule import BackupSchedule
+from pgherd.agent.statements.reader import StatementReader
 from pgherd.agent.status import StatusFile
 from pgherd.agent.telemetry.ship import Shipper
 from pgherd.proto.clock import Clock
@@ -122,6 +123,19 @@ class Agent:
             for node, sampler in zip(config.nodes, self._samplers, strict=True)
             if config.rounds.enabled
         ]
+        self._statements = [
+            StatementReader(
+                config.statements,
+                config.sampling.slow_interval,
+                connection=sampler.connection,
+                emitter=sampler.emitter,
+                budget=sampler.budget,
+                status=lambda sampler=sampler: sampler.status,  # type: ignore[misc]
+                clock=clock,
+            )
+            for sampler in self._samplers
+            if config.statements.enabled
+        ]
         outlet = Outlet()
         policy = policy_of(config.policy)
         self._schedule: BackupSchedule | None = None
@@ -192,6 +206,7 @@ class Agent:
             sampling = [
                 *(tasks.create_task(sampler.run()) for sampler in self._samplers),
                 *(tasks.create_task(rounds.run()) for rounds in self._rounds),
+                *(tasks.create_task(statements.run()) for statements in self._statements),
             ]
             others = [tasks.create_task(self._keep_status())]
             if self._schedule:

@@ -155,7 +155,7 @@ class NodeSampler:
             "rare": max(sampling.rare_interval, sampling.slow_interval),
         }
         self._rhythm = Rhythm(intervals_s)
-        others_s = {"tables": intervals_s["rare"], "latency": _LATENCY_INTERVAL_S}
+        others_s = {"tables": intervals_s["rare"], "statements": intervals_s["slow"], "latency": _LATENCY_INTERVAL_S}
         self.budget = Budget(sampling.server_share_max, {**intervals_s, **others_s})
         self._cycle_due_mono_s = clock.mono_s()
         self._errors: dict[tuple[str, str], int] = {}
