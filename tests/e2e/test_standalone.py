@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from pgherd.agent.backup.outcomes import read_outcomes
 from pgherd.proto.codes import Exit
 from support.postgres import Server
 from support.waiting import wait_until
@@ -70,6 +71,11 @@ def test_a_scheduled_backup_is_taken_verified_and_can_be_restored(config: Path, 
     restored = agent(config, "backup", "restore", "--node", "n1", "--backup", backup["name"])
     assert restored["grade"] == "content-equal"
     assert restored["rows_compared"] >= 1000
+    (directory,) = (config.parent / "state" / "outcomes").iterdir()
+    outcomes = read_outcomes(directory)  # what the resident's samples are made of, whoever ran the verb
+    assert (outcomes.succeeded["run"].data_unix_ns, outcomes.succeeded["run"].grade) == (backup["started_unix_ns"], "read back")
+    assert outcomes.succeeded["restore"].grade == "content-equal"
+    assert outcomes.failed_unix_ns == {}
     status = agent(config, "status")
     assert status["connected"] is None
     assert status["nodes"][0]["condition"] == "up"

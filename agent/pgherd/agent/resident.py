@@ -22,6 +22,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
+from pgherd.agent.backup.figures import BackupFigures
 from pgherd.agent.command.disabled import DisabledCommands
 from pgherd.agent.command.epochs import SeenEpochs
 from pgherd.agent.command.executor import Executor, ExecutorSettings, cli_argv
@@ -136,6 +137,16 @@ class Agent:
             for sampler in self._samplers
             if config.statements.enabled
         ]
+        self._backups = [
+            BackupFigures(
+                config.backup,
+                state,
+                emitter=sampler.emitter,
+                status=lambda sampler=sampler: sampler.status,  # type: ignore[misc]
+                clock=clock,
+            )
+            for sampler in self._samplers
+        ]
         outlet = Outlet()
         policy = policy_of(config.policy)
         self._schedule: BackupSchedule | None = None
@@ -207,6 +218,7 @@ class Agent:
                 *(tasks.create_task(sampler.run()) for sampler in self._samplers),
                 *(tasks.create_task(rounds.run()) for rounds in self._rounds),
                 *(tasks.create_task(statements.run()) for statements in self._statements),
+                *(tasks.create_task(figures.run()) for figures in self._backups),
             ]
             others = [tasks.create_task(self._keep_status())]
             if self._schedule:

@@ -13,6 +13,7 @@ import click
 
 from pgherd.agent.answering import answering
 from pgherd.agent.backup.dump import Progress as ProgressPort
+from pgherd.agent.backup.outcomes import OutcomeVerb, outcome_directory, recording
 from pgherd.agent.backup.repository import Entry, NodeRepository, Unreadable, open_repository
 from pgherd.agent.backup.restore import (
     HIDDEN,
@@ -69,7 +70,7 @@ def run_(context: AgentContext, alias: str | None, ndjson: bool, result_file: Pa
     def work(node: NodeConfig, progress: Progress) -> Result:
         return take_verify_retain(context.config, node, progress)
 
-    _run_verb(context, alias, work, _say_taken, ndjson=ndjson, result_file=result_file, as_json=as_json)
+    _run_verb("run", context, alias, work, _say_taken, ndjson=ndjson, result_file=result_file, as_json=as_json)
 
 
 @backup.command("verify")
@@ -86,7 +87,7 @@ def verify(context: AgentContext, name: str, alias: str | None, ndjson: bool, re
     def say(result: Result) -> None:
         click.echo(f"{result['backup']}: {human_bytes(result['read_bytes'])} read back; grade: {result['grade']}")
 
-    _run_verb(context, alias, work, say, ndjson=ndjson, result_file=result_file, as_json=as_json)
+    _run_verb("verify", context, alias, work, say, ndjson=ndjson, result_file=result_file, as_json=as_json)
 
 
 @backup.command("restore")
@@ -119,7 +120,7 @@ def restore(
         compared = f"{result['tables_compared']} tables, {result['rows_compared']} rows compared"
         click.echo(f"{result['backup']} restored{where} in {result['duration_s']:.1f} s: {compared}; grade: {result['grade']}")
 
-    _run_verb(context, alias, work, say, ndjson=ndjson, result_file=result_file, as_json=as_json)
+    _run_verb("restore", context, alias, work, say, ndjson=ndjson, result_file=result_file, as_json=as_json)
 
 
 @backup.command("ls")
@@ -197,6 +198,11 @@ def _scratch_user(config: AgentConfig) -> OsUser:
     return server_user(config.backup.scratch_user, "pgherd-scratch", "nobody", "postgres")
 
 
+def _outcomes(config: AgentConfig, node: NodeConfig) -> Path:
+    private_directory(config.state_directory)
+    return outcome_directory(config.state_directory, node_ids(config.state_directory, [node.alias])[node.alias])
+
+
 def _repository(config: AgentConfig, node: NodeConfig) -> NodeRepository:
     return open_repository(config.backup.repository, node.cluster, node.alias)
 
@@ -243,6 +249,7 @@ def _say_taken(result: Result) -> None:
 
 
 def _run_verb(
+    verb: OutcomeVerb,
     context: AgentContext,
     alias: str | None,
     work: Callable[[NodeConfig, Progress], Result],
@@ -257,8 +264,11 @@ def _run_verb(
     def body() -> int:
         with answering(result_file, ndjson=ndjson) as answer:
             progress = Progress(ndjson=ndjson)
+            node = context.node(alias)
             try:
-                result = work(context.node(alias), progress)
+                with recording(_outcomes(context.config, node), verb, SystemClock()) as succeeded:
+                    result = work(node, progress)
+                    succeeded(result)
             finally:
                 progress.close()
             answer(result)
