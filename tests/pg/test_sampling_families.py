@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 from pgherd.agent.probes.catalog import load_catalog
+from pgherd.agent.sampler import version_sample
 from support.postgres import Pair, Server
 from support.sampling import Decoded, cycle_until, sampling
 
@@ -69,6 +70,7 @@ def judge_primary(primary: Server, seen: Decoded, slot: str) -> None:
     assert seen.unknown() == {}
     assert DASHBOARD_NAMES - seen.names() == set()
     assert seen.value("pg_up") == 1
+    assert seen.value("pgherd_server_tested", major=str(primary.major)) == 1
     assert seen.value("pg_replication_is_replica") == 0
     assert seen.value("pg_replication_lag_seconds") == 0
     assert seen.value("pg_settings_max_connections") == 60
@@ -204,8 +206,19 @@ def test_unprivileged_role_gets_unknown_not_zero(postgres: Server, tmp_path: Pat
             assert not seen.find("pgherd_connections_used")
             assert not seen.find("pg_stat_activity_count")
             assert seen.value("pg_exporter_last_scrape_error") == 1
+            for hidden in ("blocked", "wait_events", "long_running", "long_queries", "blocking", "xmin_holders"):
+                assert seen.unknown()[hidden] == "sessions_hidden"
+            assert seen.unknown()["wal_ready"] == "postgres.privilege" or not seen.find("pgherd_wal_ready_segments")
+            for name in ("pgherd_blocked_sessions", "pgherd_wait_events", "pgherd_long_transactions", "pgherd_oldest_seconds"):
+                assert not seen.find(name), "hidden isn't none"
+            grants = {p.labels["probe"]: p.labels.get("grant") for p in seen.find("pgherd_probe_unknown")}
+            assert {grants[probe] for probe in ("wal_directory", "connections", "blocked", "long_queries")} == {"pg_monitor"}
 
     asyncio.run(work())
+
+
+# Families that a version doesn't have; everything else has one spelling on every major.
+SINCE = {"stat_wal": 14, "decoding": 14, "subscription_errors": 15, "io": 16}
 
 
 def test_the_catalogue_covers_every_major_and_newer_ones() -> None:
@@ -213,5 +226,26 @@ def test_the_catalogue_covers_every_major_and_newer_ones() -> None:
     names = {probe.name for probe in catalog.for_major(18)}
     for major in (13, 14, 15, 16, 17, 18, 25):
         chosen = [probe.name for probe in catalog.for_major(major)]
-        assert set(chosen) == names
+        assert set(chosen) == {name for name in names if SINCE.get(name, 0) <= major}
         assert len(chosen) == len(set(chosen)), "a major must have one spelling of each probe"
+
+
+def test_a_server_newer_than_all_that_was_tested_is_sampled_and_says_so() -> None:
+    assert version_sample(180006).value == 1
+    newer = version_sample(190000)
+    assert (newer.value, newer.labels) == (0, {"major": "19"})
+
+
+def test_a_series_belongs_to_one_probe() -> None:
+    """Else one of them would end what the other one states."""
+    for major in (13, 14, 15, 16, 17, 18):
+        owners: dict[tuple[str, str], str] = {}
+        for probe in load_catalog().for_major(major):
+            for column in probe.columns:
+                for metric in column.metrics:
+                    key = (metric.name, str(column.constants))
+                    assert owners.setdefault(key, probe.name) in {probe.name, *SHARED.get(metric.name, ())}, metric.name
+
+
+# One metric of two probes whose labels never meet.
+SHARED = {"pg_stat_database_checksum_failures": ("stat_database", "shared_checksum_failures")}

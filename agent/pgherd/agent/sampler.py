@@ -20,7 +20,7 @@ from typing import Final
 from pgherd.agent.config import NodeConfig, SamplingConfig
 from pgherd.agent.node import Condition, NodeStatus, Role
 from pgherd.agent.probes.budget import SHED_ORDER, Budget
-from pgherd.agent.probes.catalog import Catalog, Probe, Tier
+from pgherd.agent.probes.catalog import TESTED_MAJORS, Catalog, Probe, Tier
 from pgherd.agent.probes.connection import Answer, NodeConnection, instance_label
 from pgherd.agent.probes.disk import DiskProbe
 from pgherd.agent.probes.host import HostProbe
@@ -45,6 +45,7 @@ _SEND_SHARE: Final = 0.8  # of the interval: a slow server costs probes, not the
 _NODE: Final = "node"  # whether the server answers: every tick
 _AGENT: Final = "agent"  # the agent's own figures: every cycle, and not about the server
 _HOST: Final = "host"  # volumes and machine: every cycle, and not about the server
+_IDENTITY: Final = "identity"
 _PLACES: Final = "places"
 
 _GAUGE, _COUNTER = MetricKind.GAUGE, MetricKind.COUNTER
@@ -55,7 +56,14 @@ SCRAPE_DURATION: Final = Metric("pg_exporter_last_scrape_duration_seconds", _GAU
 SCRAPE_ERROR: Final = Metric("pg_exporter_last_scrape_error", _GAUGE, "Whether the last sampling had an error (1) or not (0)")
 PROBE_DURATION: Final = Metric("pgherd_probe_duration_seconds", _GAUGE, "Duration of the probe's last answer", "s")
 PROBE_ERRORS: Final = Metric("pgherd_probe_errors_total", _COUNTER, "Failed probes since the agent's start, by code")
-PROBE_UNKNOWN: Final = Metric("pgherd_probe_unknown", _GAUGE, "1 while a probe can't know a value, with the reason")
+PROBE_UNKNOWN: Final = Metric(
+    "pgherd_probe_unknown", _GAUGE, "1 while a probe can't know a value, with the reason, and the grant that would help"
+)
+TESTED: Final = Metric(
+    "pgherd_server_tested",
+    _GAUGE,
+    "1 for a major version that this agent was tested with; 0: newest or oldest known SQL is used",
+)
 SKIPPED: Final = Metric("pgherd_sampling_cycles_skipped_total", _COUNTER, "Ticks left out because the one before took too long")
 SERVER_SECONDS: Final = Metric(
     "pgherd_sampling_server_seconds_total", _COUNTER, "Server time that sampling caused, by tier", "s"
@@ -100,8 +108,10 @@ class _Tick:
     stated: dict[str, list[Sample]] = field(default_factory=dict)
     failed: bool = False
 
-    def unknown(self, probe: str, reason: str) -> None:
-        self.stated.setdefault(probe, []).append(Sample(PROBE_UNKNOWN, {"probe": probe, "reason": reason}, 1.0))
+    def unknown(self, probe: str, reason: str, *, source: str = "", grant: str = "") -> None:
+        """The probe can't know a value; `grant` is what the role would need."""
+        labels = {"probe": probe, "reason": reason} | ({"grant": grant} if grant else {})
+        self.stated.setdefault(source or probe, []).append(Sample(PROBE_UNKNOWN, labels, 1.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +212,8 @@ class NodeSampler:
         cycle_due = now_mono_s >= self._cycle_due_mono_s - self._tick_s / 2
         condition = await self._ask(tick)
         if cycle_due:
+            if condition == "up":
+                tick.stated[_IDENTITY] = [version_sample(self.status.server_version_num)]
             await self._ask_host(tick)
         if condition != "up":
             for source in self.emitter.about_server():
@@ -315,13 +327,13 @@ class NodeSampler:
             samples.append(Sample(PROBE_DURATION, {"probe": probe.name}, answer.duration_s))
             tick.stated[probe.name] = samples
             if reason := unknown_reason(probe, answer.rows):
-                tick.unknown(probe.name, reason)
+                tick.unknown(probe.name, reason, grant=probe.grant if reason.endswith("_hidden") else "")
         elif error.context.get("phase") == "unasked":
             tick.stated[probe.name] = []
             tick.unknown(probe.name, "cycle_budget")
         else:
             tick.stated[probe.name] = []
-            self._failed(tick, probe.name, error)
+            self._failed(tick, probe.name, error, grant=probe.grant if error.code == "postgres.privilege" else "")
             if error.context.get("phase") in ("statement", "lock"):
                 self._rhythm.timed_out(probe, now_mono_s)
             else:
@@ -351,12 +363,11 @@ class NodeSampler:
 
     # ---- the agent's own samples
 
-    def _failed(self, tick: _Tick, probe: str, error: PgherdError, source: str = "") -> None:
+    def _failed(self, tick: _Tick, probe: str, error: PgherdError, *, source: str = "", grant: str = "") -> None:
         phase = str(error.context.get("phase") or "")
         reason = f"{error.code}.{phase}" if phase else error.code
         tick.failed = True
-        sample = Sample(PROBE_UNKNOWN, {"probe": probe, "reason": reason}, 1.0)
-        tick.stated.setdefault(source or probe, []).append(sample)
+        tick.unknown(probe, reason, source=source, grant=grant)
         count = self._errors.get((probe, error.code), 0) + 1
         self._errors[probe, error.code] = count
         if count in (1, 10, 100) or count % 1000 == 0:
@@ -392,3 +403,9 @@ class NodeSampler:
             ),
             *self._own.samples(self._spool.status),
         ]
+
+
+def version_sample(server_version_num: int) -> Sample:
+    """Whether this agent was tested with the server's major version; a newer one gets the newest SQL we know."""
+    major = server_version_num // 10000
+    return Sample(TESTED, {"major": str(major)}, 1.0 if major in TESTED_MAJORS else 0.0)

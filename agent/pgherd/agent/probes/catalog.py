@@ -45,6 +45,8 @@ class Probe:
     columns: tuple[Column, ...]
     reset: str  # column with the counters' start as epoch seconds, "" when there is none
     unknown: str  # column that says why a value is missing, "" when there is none
+    texts: tuple[str, ...]  # labels that hold SQL text: normalised before anything else sees them
+    grant: str  # what a role needs that this question is hidden from
     from_major: int
     until_major: int
 
@@ -90,6 +92,8 @@ def _probe(entry: Mapping[str, Any], shared: Mapping[str, Any]) -> Probe:
         columns=tuple(_column(name, facts, entry["prefix"], labels) for name, facts in metrics.items()),
         reset=entry.get("reset", ""),
         unknown=entry.get("unknown", ""),
+        texts=tuple(entry.get("texts", ())),
+        grant=entry.get("grant", "pg_monitor"),
         from_major=entry.get("from_major", 0),
         until_major=entry.get("until_major", 1_000),
     )

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pgherd.agent.probes.catalog import Probe
+from pgherd.agent.probes.normalise import normalise
 from pgherd.proto.samples import Metric, MetricKind, Sample
 
 Row = Mapping[str, Any]
@@ -44,7 +45,8 @@ def _row_samples(probe: Probe, row: Row) -> Iterable[Sample]:
         number = float(value)
         if not math.isfinite(number):
             continue
-        labels = {label: _text(row[label]) for label in column.labels} | dict(column.constants)
+        labels = {label: normalise(_text(row[label])) if label in probe.texts else _text(row[label]) for label in column.labels}
+        labels |= column.constants
         for metric in column.metrics:
             counter = metric.kind is MetricKind.COUNTER
             yield Sample(metric, labels, number, start_unix_ns if counter else 0)
