@@ -1,4 +1,4 @@
-"""The real evaluator and outbox as a process to be killed: argv = directory, webhook URL.
+"""The real evaluator, notifier and outbox as a process to be killed: argv = directory, webhook URL, and how it groups (JSON).
 
 `truth.json` in the directory lists the instances for which the rule's expression holds; each evaluation adds a
 byte to `evaluations`, and the first that sees an instance leaves its time (ms) in `seen-<instance>`.
@@ -10,21 +10,25 @@ import asyncio
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from pgherd.alerts.notify import WebhookReceiver
 from pgherd.collector.alerting.evaluation import Evaluator
+from pgherd.collector.alerting.notifier import Notifier
 from pgherd.collector.alerting.outbox import OutboxSettings, OutboxWorker
+from pgherd.collector.alerting.silencing import Silencer
 from pgherd.runtime.clock import SystemClock
 from pgherd.runtime.durable import publish
 from pgherd.runtime.logging import configure
 from pgherd.storage.control.store import ControlStore
 from support.alerts import group, no_facts, rule
+from support.notifying import routing, timing
 
 FOR_S = 0.5
 INTERVAL_S = 0.1
 
 
-async def main(directory: Path, url: str) -> None:
+async def main(directory: Path, url: str, grouping: dict[str, Any]) -> None:
     configure(level="error", json=True)
     store = ControlStore.open(directory / "control.sqlite")
     counter = open(directory / "evaluations", "ab", buffering=0)  # noqa: SIM115, ASYNC230 - lives as long as we do
@@ -49,14 +53,24 @@ async def main(directory: Path, url: str) -> None:
         query=query,
         facts=no_facts,
         clock=SystemClock(),
-        receivers=("hook",),
-        committed=worker.wake,
+        committed=lambda: notifier.wake(),  # noqa: PLW0108 - it is made from the evaluator
+    )
+    silencer = Silencer(store, SystemClock())
+    notifier = Notifier(
+        status=evaluator.status,
+        store=store,
+        routing=routing(when=timing(**grouping["timing"]), group_by=grouping["group_by"]),
+        silencer=silencer,
+        clock=SystemClock(),
+        posted=worker.wake,
     )
     evaluator.restore()
+    silencer.load()
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(worker.run())
+        tasks.create_task(notifier.run())
         tasks.create_task(evaluator.run())
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1]), sys.argv[2]))
+    asyncio.run(main(Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])))

@@ -74,7 +74,6 @@ class RuleBench:
             query=promql_query(recorded, SystemClock(), timeout_s=30),
             facts=self.facts,
             clock=self.clock,
-            receivers=("hook",),
             recorded=recorded,
         )
         self.evaluator.restore()

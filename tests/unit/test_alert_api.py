@@ -11,6 +11,7 @@ from fastapi import FastAPI, HTTPException
 
 from pgherd.alerts.knowledge import Knowledge, Watched
 from pgherd.collector.alerting.evaluation import Evaluator
+from pgherd.collector.alerting.silencing import Silencer
 from pgherd.collector.api.alerts import alerts_router, prometheus_alerts_router
 from pgherd.storage.control.store import ControlStore
 from support.alerts import SECOND_NS, START_UNIX_NS, Answers, TestClock, group, rule
@@ -40,7 +41,6 @@ def client(tmp_path: Path) -> Iterator[AsgiClient]:
         query=query,
         facts=lambda _at_ms: Knowledge(WATCHED, frozenset(), frozenset()),
         clock=clock,
-        receivers=(),
     )
     query.vectors["broken"] = ZeroDivisionError("bug")
     for instances in ("acd", "acd", "ab"):
@@ -49,7 +49,7 @@ def client(tmp_path: Path) -> Iterator[AsgiClient]:
         for evaluation in evaluator._evaluations:
             evaluation.evaluate(clock.wall_unix_ns(), clock.mono_s(), clock)
     app = FastAPI()
-    app.include_router(alerts_router(evaluator, _require))
+    app.include_router(alerts_router(evaluator, Silencer(store, clock), clock, _require))
     app.include_router(prometheus_alerts_router(evaluator, _require))
     with AsgiClient(app) as opened:
         yield opened

@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy import insert, select, update
 
 from pgherd.alerts.load import load_rules
+from pgherd.alerts.notification import from_document
 from pgherd.collector.alerting.evaluation import Evaluator
 from pgherd.collector.alerting.group import Health
 from pgherd.collector.alerting.herd import HeartbeatSeries, herd_facts
@@ -25,6 +26,7 @@ from pgherd.storage.control.store import ControlStore
 from pgherd.storage.series.store import SeriesStore
 from support.alerts import TestClock
 from support.memory_series import MemorySeries
+from support.notifying import notifier
 from support.series import HandClock, quiet
 
 AGENT, INSTANCE = "0b8f6a7e-0000-4000-8000-000000000001", "db1:5432"
@@ -82,8 +84,8 @@ class World:
             query=query,
             facts=herd_facts(store, self.herd, query),
             clock=self.clock,
-            receivers=("hook",),
         )
+        self.notifier = notifier(store, self.evaluator, self.clock)
 
     def select(self, matchers, start_ms, end_ms):  # type: ignore[no-untyped-def]
         source = MemorySeries()
@@ -99,6 +101,7 @@ class World:
             self.samples.setdefault(tuple(sorted({"__name__": name, **labels}.items())), []).append((now_ms, value))
         for evaluation in self.evaluator._evaluations:
             evaluation.evaluate(self.clock.wall_unix_ns(), self.clock.mono_s(), self.clock)
+        self.notifier.turn()
         status = self.evaluator.status()
         assert {rule.health for group in status for rule in group.rules} == {Health.OK}
         return [
@@ -108,7 +111,8 @@ class World:
     def told(self) -> list[str]:
         with self.store.read() as connection:
             letters = connection.execute(select(outbox.c.payload).order_by(outbox.c.id)).scalars()
-            return [f"{letter['kind']} {letter['labels']['alertname']}" for letter in letters]
+            messages = [from_document(letter) for letter in letters]
+            return [f"{message.status} {message.common_labels['alertname']}" for message in messages]
 
 
 @pytest.fixture
@@ -138,7 +142,7 @@ def test_connections_high_waits_a_minute_and_resolves(world: World) -> None:
     with world.store.read() as connection:
         letter = connection.execute(select(outbox.c.payload)).scalars().first()
     assert letter is not None
-    assert letter["annotations"]["summary"] == "db1: 97.94% of usable connections are taken"
+    assert from_document(letter).common_annotations["summary"] == "db1: 97.94% of usable connections are taken"
     assert letter["labels"] == {**LABELS, "alertname": "ConnectionsHigh", "severity": "warning"}
 
 

@@ -5,23 +5,23 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import select, update
 
-from pgherd.alerts.model import Transition
-from pgherd.alerts.notification import from_document, to_document
+from pgherd.alerts.model import fnv1a_64
+from pgherd.alerts.notification import Note, Notification, from_document, notification, to_document
 from pgherd.alerts.notify import DeliveryError, LogReceiver, WebhookReceiver
-from pgherd.alerts.state import Step, step
 from pgherd.collector.alerting import rows
 from pgherd.collector.alerting.outbox import OutboxSettings, OutboxWorker
 from pgherd.proto.errors import IntegrityError
 from pgherd.runtime.clock import SystemClock
 from pgherd.storage.control.schema import outbox
 from pgherd.storage.control.store import ControlStore
-from support.alerts import everything_known, moment, row, rule
+from support.alerts import SECOND_NS, START_UNIX_NS
 from support.webhook import Webhook, webhook
 
 FAST = OutboxSettings(backoff_min_s=0.02, backoff_max_s=0.05, poll_s=0.05, retention_s=3600)
@@ -34,17 +34,23 @@ def store(tmp_path: Path) -> Iterator[ControlStore]:
     opened.close()
 
 
-def _episode(alert: str, at_s: float = 0, instance: str = "a:5432") -> tuple[Transition, Transition]:
+def _episode(alert: str, at_s: float = 0, instance: str = "a:5432") -> tuple[Notification, Notification]:
     """A firing and its resolution."""
-    tested = rule(alert, annotations={"summary": "{{ $value }}"})
-    first: Step = step(tested, {}, [row(2.5, instance=instance)], moment(at_s), everything_known)
-    second = step(tested, first.instances, [], moment(at_s + 15), everything_known)
-    return first.transitions[0], second.transitions[0]
+    start_unix_ns = START_UNIX_NS + int(at_s * SECOND_NS)
+    labels = {"alertname": alert, "instance": instance}
+    note = Note("g/rule#0123456789abcdef", labels, {"summary": "2.5"}, 2.5, start_unix_ns)
+    over = replace(note, ends_unix_ns=start_unix_ns + 15 * SECOND_NS, reason="recovered")
+    key, digest = f'{{}}:{{alertname="{alert}"}}', fnv1a_64((alert, instance))
+    return (
+        notification(f"{digest}.{start_unix_ns}", key, {"alertname": alert}, [note]),
+        notification(f"{digest}.{start_unix_ns + 15}", key, {"alertname": alert}, [over]),
+    )
 
 
-def _post(store: ControlStore, transitions: Sequence[Transition], *receivers: str) -> None:
+def _post(store: ControlStore, messages: Sequence[Notification], *receivers: str) -> None:
     with store.begin() as connection:
-        rows.post(connection, transitions, receivers or ("hook",), SystemClock().wall_unix_ns(), 1000)
+        for receiver in receivers or ("hook",):
+            rows.post(connection, receiver, messages, SystemClock().wall_unix_ns(), 1000)
 
 
 def _letters(store: ControlStore) -> list[Any]:
@@ -91,7 +97,7 @@ def test_the_payload_is_alertmanagers(store: ControlStore) -> None:
         "startsAt": "2025-10-09T08:53:20Z",
         "endsAt": "0001-01-01T00:00:00Z",
         "generatorURL": "https://pgherd.example/alerts",
-        "fingerprint": _episode("High")[0].fingerprint,
+        "fingerprint": _episode("High")[0].notes[0].fingerprint,
     }
     assert firing == {
         "version": "4",
@@ -204,8 +210,29 @@ def test_a_stored_notification_reads_back_whole() -> None:
         assert from_document(to_document(transition)) == transition
 
 
-@pytest.mark.parametrize(("change", "code"), [({"version": 2}, "format.newer"), ({"labels": None}, "format.corrupt")])
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [({"version": 3}, "format.newer"), ({"notes": []}, "format.corrupt"), ({"notes": [{}]}, "format.corrupt")],
+)
 def test_a_stored_notification_of_another_shape_is_refused(change: dict[str, object], code: str) -> None:
     with pytest.raises(IntegrityError) as caught:
         from_document({**to_document(_episode("High")[0]), **change})
     assert caught.value.code == code
+
+
+def test_a_letter_of_the_first_format_is_still_delivered() -> None:
+    first = {
+        "version": 1,
+        "id": "0123456789abcdef.1.0123456789abcdef.resolved",
+        "kind": "resolved",
+        "rule_id": "g/High#0123456789abcdef",
+        "labels": {"alertname": "High", "instance": "a"},
+        "annotations": {},
+        "value": "nan",
+        "starts_unix_ns": 1,
+        "ends_unix_ns": 2,
+        "reason": "recovered",
+        "expr": "x > 1",
+    }
+    message = from_document(first)
+    assert (message.id, message.status, message.group_labels) == (first["id"], "resolved", {"alertname": "High"})

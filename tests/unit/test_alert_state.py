@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pgherd.alerts.model import Instance, State, TransitionKind, fingerprint_of
-from pgherd.alerts.state import Instances, Step, retire, step
+from pgherd.alerts.state import Instances, Step, step
 from pgherd.proto.errors import PreconditionError
 from support.alerts import START_UNIX_NS, everything_known, moment, nothing_known, row, rule
 
@@ -163,13 +163,6 @@ def test_what_resolved_or_went_unknown_doesnt_count_against_the_limit() -> None:
     two = step(rule(), {}, [row(instance="a"), row(instance="b")], moment(0), everything_known, limit=2).instances
     swapped = step(rule(), two, [row(instance="c"), row(instance="d")], moment(15), everything_known, limit=2)
     assert len(swapped.instances) == 4
-
-
-def test_a_removed_rule_ends_its_episodes() -> None:
-    (transition,) = retire(rule().id, _firing(), moment(15).unix_ns)
-    assert (transition.kind, transition.reason) == (TransitionKind.RESOLVED, "rule removed")
-    resolved = step(rule(), _firing(), [], moment(15), everything_known).instances
-    assert retire(rule().id, resolved, moment(30).unix_ns) == ()
 
 
 def test_fingerprint_is_alertmanagers() -> None:

@@ -7,8 +7,7 @@ from typing import Protocol
 
 import httpx
 
-from pgherd.alerts.model import Transition, TransitionKind
-from pgherd.alerts.notification import rfc3339, webhook_payload
+from pgherd.alerts.notification import Notification, rfc3339, webhook_payload
 from pgherd.proto.errors import TransientError
 from pgherd.runtime.logging import get_logger
 
@@ -22,9 +21,12 @@ class DeliveryError(TransientError):
     """A receiver refused or couldn't be reached: code notify.failed.
 
     `receiver_ill`: it will refuse the others too (down, overloaded), so that trying them now is pointless.
+    `retry_after_s`: it said when to come back.
     """
 
-    def __init__(self, receiver: str, problem: str, *, receiver_ill: bool, status: int | None = None) -> None:
+    def __init__(
+        self, receiver: str, problem: str, *, receiver_ill: bool, status: int | None = None, retry_after_s: float | None = None
+    ) -> None:
         super().__init__(
             "notify.failed",
             f"receiver {receiver}: {problem}",
@@ -33,6 +35,7 @@ class DeliveryError(TransientError):
             status=status,
         )
         self.receiver_ill = receiver_ill
+        self.retry_after_s = retry_after_s
 
 
 class Receiver(Protocol):
@@ -43,7 +46,7 @@ class Receiver(Protocol):
         """As configured; the key of its lines in the outbox."""
         ...
 
-    async def deliver(self, transition: Transition) -> None:
+    async def deliver(self, message: Notification) -> None:
         """Hand over; returning means that the receiver has it. Raises DeliveryError."""
         ...
 
@@ -55,7 +58,7 @@ class Receiver(Protocol):
 class WebhookReceiver:
     """POSTs Alertmanager's webhook payload.
 
-    The header Idempotency-Key is the transition's id: at-least-once delivery may repeat a POST (its answer was
+    The header Idempotency-Key is the notification's id: at-least-once delivery may repeat a POST (its answer was
     lost, or we were killed before noting it), and a receiver that remembers keys sees each fact once.
     The URL may be a secret: it appears in no log and no error.
     """
@@ -77,9 +80,9 @@ class WebhookReceiver:
         # hand the payload to somewhere nobody configured.
         self._client = httpx.AsyncClient(timeout=timeout_s, follow_redirects=False, transport=transport)
 
-    async def deliver(self, transition: Transition) -> None:
-        payload = webhook_payload(transition, receiver=self.name, external_url=self._external_url)
-        headers = {"Idempotency-Key": transition.id, "User-Agent": "pgherd"}
+    async def deliver(self, message: Notification) -> None:
+        payload = webhook_payload(message, receiver=self.name, external_url=self._external_url)
+        headers = {"Idempotency-Key": message.id, "User-Agent": "pgherd"}
         try:
             # httpx bounds each read; a receiver that drips its headers is bounded by the whole.
             async with (
@@ -103,18 +106,19 @@ class LogReceiver:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    async def deliver(self, transition: Transition) -> None:
-        firing = transition.kind is TransitionKind.FIRING
-        write = _log.warning if firing else _log.info
-        write(
-            "alert.firing" if firing else "alert.resolved",
-            labels=dict(transition.labels),
-            summary=transition.annotations.get("summary", ""),
-            value=transition.value,
-            since=rfc3339(transition.starts_unix_ns),
-            reason=transition.reason or None,
-            id=transition.id,
-        )
+    async def deliver(self, message: Notification) -> None:
+        for note in message.notes:
+            firing = note.ends_unix_ns is None
+            write = _log.warning if firing else _log.info
+            write(
+                "alert.firing" if firing else "alert.resolved",
+                labels=dict(note.labels),
+                summary=note.annotations.get("summary", ""),
+                value=note.value,
+                since=rfc3339(note.starts_unix_ns),
+                reason=note.reason or None,
+                id=message.id,
+            )
 
     async def close(self) -> None:
         return None

@@ -122,15 +122,6 @@ def step(
     return Step(instances, tuple(transitions))
 
 
-def retire(rule_id: str, previous: Instances, unix_ns: int) -> tuple[Transition, ...]:
-    """End every open episode of a rule that is no longer configured; its instances are to be deleted."""
-    return tuple(
-        _announcement(rule_id, "", replace(instance, resolved_unix_ns=unix_ns), TransitionKind.RESOLVED, "rule removed")
-        for instance in previous.values()
-        if instance.episode_unix_ns is not None and instance.state is not State.RESOLVED
-    )
-
-
 def _label_rows(rule: Rule, result: Sequence[QueryRow], around: Surroundings) -> dict[str, tuple[Mapping[str, str], QueryRow]]:
     seen: dict[str, tuple[Mapping[str, str], QueryRow]] = {}
     for row in result:

@@ -22,7 +22,8 @@ def list_alerts(context: CliContext) -> None:
         row["alert"] = row["labels"].get("alertname")
         row["severity"] = row["labels"].get("severity", "")
         row["where"] = row["labels"].get("node") or row["labels"].get("agent") or row["labels"].get("instance", "")
+        row["shown"] = row["state"] + (" (silenced)" if row["silenced_by"] else "")
         row["since"] = moment(row["active_unix_ns"])
         row["summary"] = row["annotations"].get("summary", "")
-    columns = [("alert", "ALERT"), ("state", "STATE"), ("severity", "SEVERITY"), ("where", "WHERE"), ("since", "SINCE")]
+    columns = [("alert", "ALERT"), ("shown", "STATE"), ("severity", "SEVERITY"), ("where", "WHERE"), ("since", "SINCE")]
     show(context, rows, [*columns, ("summary", "SUMMARY")])

@@ -17,7 +17,7 @@ import click
 from pgherd.cli.client import Address, Client
 from pgherd.runtime.logging import configure
 
-_VERBS = ("agents", "alerts", "backups", "clients", "commands", "nodes", "query", "tokens", "top")
+_VERBS = ("agents", "alerts", "backups", "clients", "commands", "maintenance", "nodes", "query", "silences", "tokens", "top")
 _PLUGINS = "pgherd.commands"
 
 

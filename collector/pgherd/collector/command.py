@@ -121,8 +121,12 @@ def config_check(context: CollectorContext, as_json: bool) -> None:
     """Validate every layer and every rule file; say what is wrong and where."""
 
     def body() -> None:
+        from pgherd.collector.alerting.setup import inhibitions_of, routing_of
         from pgherd.collector.service import load_groups
 
+        alerts = context.loaded.value.alerts
+        routing_of(alerts)
+        inhibitions_of(alerts)
         groups = load_groups(context.loaded.value)
         rules = sum(len(group.rules) for group in groups)
         if as_json or context.json:

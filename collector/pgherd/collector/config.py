@@ -99,14 +99,43 @@ class ReceiverConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class RouteConfig:
+    """Which alerts go to a receiver; tried in order, the first that matches takes the alert."""
+
+    receiver: str
+    matchers: tuple[str, ...] = ()  # all must hold: severity="critical", node=~"db.*"
+    continue_matching: bool = False  # the routes after it may take the alert too
+    group_by: tuple[str, ...] | None = None  # these four: as in [alerts], unless stated
+    group_wait: Duration | None = None
+    group_interval: Duration | None = None
+    repeat_interval: Duration | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class InhibitConfig:
+    """While an alert of `source` fires, those of `target` with equal `equal` labels are mute."""
+
+    source: tuple[str, ...]
+    target: tuple[str, ...]
+    equal: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class AlertsConfig:
-    """Rules and receivers."""
+    """Rules, receivers, and who is told what."""
 
     rule_files: tuple[Path, ...] = ()  # besides the built-in pack
     builtin_rules: bool = True
     interval: Duration = 15.0  # of groups that don't state one
     external_url: str = ""  # where receivers' readers reach this collector; goes into notifications
     receivers: tuple[ReceiverConfig, ...] = (ReceiverConfig(name="log", kind="log"),)
+    routes: tuple[RouteConfig, ...] = ()
+    default_receivers: tuple[str, ...] = ()  # of alerts that no route takes; empty: every receiver
+    group_by: tuple[str, ...] = ("alertname", "cluster")  # one message for alerts that agree in these; "..." for every label
+    group_wait: Duration = 0.0  # from a group's first alert to its first message
+    group_interval: Duration = 15.0  # from a group's message to its next, when something changed
+    repeat_interval: Duration = 4 * 3600.0  # and when nothing did
+    inhibit: tuple[InhibitConfig, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

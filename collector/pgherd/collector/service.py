@@ -21,12 +21,14 @@ from fastapi import APIRouter, Depends
 
 from pgherd.alerts.load import load_rules
 from pgherd.alerts.model import Group
-from pgherd.alerts.notify import LogReceiver, Receiver, WebhookReceiver
 from pgherd.collector.alerting.evaluation import Evaluator
 from pgherd.collector.alerting.herd import HeartbeatSeries, herd_facts
+from pgherd.collector.alerting.notifier import Notifier
 from pgherd.collector.alerting.outbox import OutboxWorker
 from pgherd.collector.alerting.query import promql_query
 from pgherd.collector.alerting.recorded import RecordedSeries
+from pgherd.collector.alerting.setup import inhibitions_of, receivers_of, routing_of
+from pgherd.collector.alerting.silencing import Silencer
 from pgherd.collector.api.alerts import alerts_router, prometheus_alerts_router
 from pgherd.collector.api.app import http_app
 from pgherd.collector.api.auth import Authenticator, require
@@ -35,8 +37,9 @@ from pgherd.collector.api.identity import identity_router
 from pgherd.collector.api.prometheus import prometheus_router
 from pgherd.collector.api.query_pool import QueryPool
 from pgherd.collector.api.serving import EXCHANGE_TIMEOUT_S, REQUEST_TIMEOUT_S, OwnedServer, strangers_server
+from pgherd.collector.api.silences import silences_router
 from pgherd.collector.api.socketpeer import PeerCredentialProtocol
-from pgherd.collector.config import CollectorConfig, IngestConfig, ReceiverConfig
+from pgherd.collector.config import CollectorConfig, IngestConfig
 from pgherd.collector.control.dispatch import Dispatcher
 from pgherd.collector.control.herd import Herd
 from pgherd.collector.control.ledger import Ledger
@@ -63,9 +66,9 @@ from pgherd.promql.parse import parse
 from pgherd.proto.clock import Clock
 from pgherd.proto.control.v1 import control_pb2_grpc
 from pgherd.proto.enrolment import join_address, split_address
-from pgherd.proto.errors import ConfigError, PreconditionError
+from pgherd.proto.errors import PreconditionError
 from pgherd.runtime.clock import SystemClock
-from pgherd.runtime.durable import exclusive_lock, private_directory, read_secret
+from pgherd.runtime.durable import exclusive_lock, private_directory
 from pgherd.runtime.logging import get_logger
 from pgherd.storage.control.store import ControlStore
 from pgherd.storage.series.database import DatabaseSettings
@@ -88,17 +91,6 @@ def load_groups(config: CollectorConfig) -> tuple[Group, ...]:
 
     alerts = config.alerts
     return load_rules(alerts.rule_files, builtin=alerts.builtin_rules, interval_s=alerts.interval, check_expression=check)
-
-
-def _receiver(config: ReceiverConfig, external_url: str) -> Receiver:
-    if config.kind == "log":
-        return LogReceiver(config.name)
-    url = read_secret(config.url_file) if config.url_file else config.url
-    if not url.startswith(("http://", "https://")):
-        raise ConfigError(
-            "config.invalid", f"receiver {config.name} needs url or url_file with an http address", key="alerts.receivers"
-        )
-    return WebhookReceiver(config.name, url, timeout_s=config.timeout, external_url=external_url)
 
 
 def _quota(config: IngestConfig) -> Quota:
@@ -168,8 +160,8 @@ class Collector:
         self.enrolment = Enrolment(control, ca, clock, config.enrol.certificate_lifetime, config.enrol.renewal_grace)
         self.certificate = ServerCertificate(ca, Layout(config.state_directory).tls, config.enrol.names, clock)
         self.queries = QueryPool(clock, config.query.concurrency)
-        receivers = [_receiver(receiver, config.alerts.external_url) for receiver in config.alerts.receivers]
-        self.outbox = OutboxWorker(control, receivers, clock)
+        self.outbox = OutboxWorker(control, receivers_of(config.alerts), clock)
+        self.silencer = Silencer(control, clock)
         recorded = RecordedSeries(series, series.append)
         query = promql_query(
             recorded,
@@ -187,15 +179,26 @@ class Collector:
             query=query,
             facts=herd_facts(control, self.herd, query),
             clock=clock,
-            receivers=[receiver.name for receiver in receivers],
             recorded=recorded,
             external_url=config.alerts.external_url,
-            committed=self.outbox.wake,
+            committed=self._alerts_changed,
+        )
+        self.notifier = Notifier(
+            status=self.evaluator.status,
+            store=control,
+            routing=routing_of(config.alerts),
+            silencer=self.silencer,
+            inhibitions=inhibitions_of(config.alerts),
+            clock=clock,
+            posted=self.outbox.wake,
         )
         self.heartbeats = HeartbeatSeries(
             control, self.herd, series.append, clock, interval_s=min(10.0, config.alerts.interval)
         )
         self.lag = LagSeries(control, self.herd, series, clock)
+
+    def _alerts_changed(self) -> None:
+        self.notifier.wake()
 
     def _owns(self, agent_id: str, node_id: str) -> bool:
         """Whether a node is this agent's: what hello claimed, live or as stored."""
@@ -217,7 +220,8 @@ class Collector:
                 enrol_port=enrol_port,
                 token_lifetime_s=config.enrol.token_lifetime,
             ),
-            alerts_router(self.evaluator, require),
+            alerts_router(self.evaluator, self.silencer, self._clock, require),
+            silences_router(self.silencer, require, self.notifier.wake),
             prometheus_alerts_router(self.evaluator, require),
             prometheus,
         ]
@@ -306,6 +310,7 @@ class Collector:
         enrol = strangers_server(app, self.certificate.ssl_context())
         otlp = self._otlp_server()
         await asyncio.to_thread(self.evaluator.restore)
+        await asyncio.to_thread(self.silencer.load)
         with contextlib.ExitStack() as sockets:
             http_listener = tcp_listener(config.http.listen, "http.listen", shares.http, loopback_only=True)
             tcp = sockets.enter_context(contextlib.closing(http_listener))
@@ -318,6 +323,7 @@ class Collector:
                     for name, coroutine in (
                         ("dispatcher", self.dispatcher.run()),
                         ("evaluator", self.evaluator.run()),
+                        ("notifier", self.notifier.run()),
                         ("outbox", self.outbox.run()),
                         ("heartbeats", self.heartbeats.run()),
                         ("replication lag", self.lag.run()),

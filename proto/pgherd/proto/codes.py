@@ -250,6 +250,7 @@ _code(
     "Two elements of a rule's result have equal labels once the rule's labels are applied; the rule isn't evaluated.",
 )
 _code("alerts.limit", Kind.PRECONDITION, "A rule yields more alerts than its group's limit; the rule isn't evaluated.")
+_code("silence.not_found", Kind.PRECONDITION, "No silence or maintenance window has this id.", http=404)
 _code(
     "notify.failed",
     Kind.TRANSIENT,

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from pgherd.alerts.model import Group, RecordingRule
-from pgherd.alerts.state import retire
 from pgherd.collector.alerting import rows
 from pgherd.collector.alerting.group import Facts, GroupEvaluation, GroupStatus, Inputs
 from pgherd.collector.alerting.query import Query, metric_names
@@ -33,25 +32,20 @@ class Evaluator:
         query: Query,
         facts: Facts,
         clock: Clock,
-        receivers: Sequence[str],
         recorded: RecordedSeries | None = None,
         external_url: str = "",
         inputs: Inputs = metric_names,
         committed: Callable[[], None] = lambda: None,
-        pending_max: int = 10_000,
     ) -> None:
         """`recorded` takes the series that rules write, and `query` reads through it; without it they go nowhere.
 
-        `committed` is called on the event loop after a commit that holds letters (OutboxWorker.wake).
+        `committed` is called on the event loop after a commit that somebody is to be told of (Notifier.wake).
         """
         self._store = store
         self._clock = clock
-        self._receivers = tuple(receivers)
         self._committed = committed
-        self._pending_max = pending_max
         self._evaluations = tuple(
-            GroupEvaluation(group, store, query, facts, inputs, receivers, recorded, external_url, pending_max)
-            for group in groups
+            GroupEvaluation(group, store, query, facts, inputs, recorded, external_url) for group in groups
         )
 
     def status(self) -> tuple[GroupStatus, ...]:
@@ -61,17 +55,16 @@ class Evaluator:
     def restore(self) -> int:
         """Take up the stored instances; returns how many. Call once, on a thread, before `run`.
 
-        Rules that are no longer configured end their open episodes ("rule removed"): nobody else would ever
-        tell the receivers. Raises TransientError store.unavailable.
+        Those of rules that are no longer configured are deleted; the notifier tells their receivers so.
+        Raises TransientError store.unavailable.
         """
         with self._store.begin() as connection:
             stored = rows.read_instances(connection)
             configured = {status.rule.id for evaluation in self._evaluations for status in evaluation.status.alerting}
-            now_unix_ns = self._clock.wall_unix_ns()
             for rule_id in stored.keys() - configured:
-                transitions = retire(rule_id, stored.pop(rule_id), now_unix_ns)
-                rows.post(connection, transitions, self._receivers, now_unix_ns, self._pending_max)
+                del stored[rule_id]
                 rows.delete_rule(connection, rule_id)
+        now_unix_ns = self._clock.wall_unix_ns()
         for evaluation in self._evaluations:
             evaluation.adopt(stored)
             evaluation.resume_series(now_unix_ns, self._written_alone())
@@ -98,11 +91,11 @@ class Evaluator:
             slot_unix_ns = self._clock.wall_unix_ns() - int(late_s * 1e9)
             work = asyncio.ensure_future(asyncio.to_thread(evaluation.evaluate, slot_unix_ns, slot_mono_s, self._clock))
             try:
-                letters = await asyncio.shield(work)
+                transitions = await asyncio.shield(work)
             except asyncio.CancelledError:
                 await asyncio.wait([work])  # bounded by the query's own timeout; the store must not close under it
                 raise
-            if letters:
+            if transitions:
                 self._committed()
             missed = max(0, math.floor((self._clock.mono_s() - slot_mono_s) / interval_s))
             if missed:

@@ -1,9 +1,9 @@
 """One group of rules between and during its evaluations.
 
 Per slot, at one instant: query each rule in turn, let the next ones see what it recorded, step the pure machine of
-each alert, and commit next instances *and* letters to the receivers in one transaction of the control store. Only then
-does memory move on. Killed at any point, either nothing happened or all of it; no `for` clock is lost, no
-notification is missed. Series of alerts are stored after that commit: what they tell has happened.
+each alert, and commit the next instances in one transaction of the control store. Only then does memory move on, and who is
+to be told is found from it (notifier.py). Killed at any point, either nothing happened or all of it; no `for` clock is
+lost. Series of alerts are stored after that commit: what they tell has happened.
 """
 
 from __future__ import annotations
@@ -85,7 +85,6 @@ class GroupStatus:
     failures: int = 0  # evaluations of single rules that failed
     commits_failed: int = 0
     slots_missed: int = 0
-    letters_given_up: int = 0
 
     @property
     def alerting(self) -> tuple[RuleStatus, ...]:
@@ -103,19 +102,15 @@ class GroupEvaluation:
         query: Query,
         facts: Facts,
         inputs: Inputs,
-        receivers: Sequence[str],
         recorded: RecordedSeries | None,
         external_url: str,
-        pending_max: int,
     ) -> None:
         self._store = store
         self._query = query
         self._facts = facts
         self._inputs = inputs
-        self._receivers = tuple(receivers)
         self._recorded = recorded
         self._external_url = external_url
-        self._pending_max = pending_max
         self._stepped_mono_s: dict[str, float] = {}  # rule id → slot of its last committed evaluation
         self._in_doubt = False  # a commit failed: what is stored may be either
         self._written: dict[str, frozenset[Labels]] = {}  # rule id → series that aren't marked stale
@@ -168,15 +163,15 @@ class GroupEvaluation:
             if self._in_doubt:
                 self._reload()
                 before = self.status.rules
-            transitions: list[Transition] = []
+            transitions = 0
             for status in before:
                 if isinstance(status, RecordingStatus):
                     after.append(self._evaluate_recording(status, unix_ns, clock, recorded))
                 else:
                     stepped, announced = self._evaluate_rule(status, unix_ns, mono_s, facts, clock, told)
                     after.append(stepped)
-                    transitions += announced
-            given_up = self._commit(before, after, transitions, unix_ns)
+                    transitions += len(announced)
+            self._commit(before, after)
         # The guard of the evaluation loop: a full disk passes, and a bug must not end alerting for good.
         except Exception as error:  # noqa: BLE001
             self._in_doubt = True
@@ -189,8 +184,6 @@ class GroupEvaluation:
             )
             _log.error("alert.commit_failed", group=self.status.group.name, error=problem)
             return 0
-        if given_up:
-            _log.error("notify.outbox.overflow", letters_given_up=given_up, pending_max=self._pending_max)
         self._keep(after, [*told, *recorded])
         failures = 0
         for status in after:
@@ -205,9 +198,8 @@ class GroupEvaluation:
             duration_s=clock.mono_s() - started_mono_s,
             evaluations=self.status.evaluations + 1,
             failures=self.status.failures + failures,
-            letters_given_up=self.status.letters_given_up + given_up,
         )
-        return len(transitions)
+        return transitions
 
     def _facts_now(self, at_ms: int) -> Knowledge | None:
         try:
@@ -292,18 +284,11 @@ class GroupEvaluation:
         done = RuleStatus(rule, outcome.instances, Health.OK, "", unix_ns, clock.mono_s() - started_mono_s)
         return done, outcome.transitions
 
-    def _commit(
-        self,
-        before: Sequence[RuleStatus | RecordingStatus],
-        after: Sequence[RuleStatus | RecordingStatus],
-        transitions: Sequence[Transition],
-        unix_ns: int,
-    ) -> int:
+    def _commit(self, before: Sequence[RuleStatus | RecordingStatus], after: Sequence[RuleStatus | RecordingStatus]) -> None:
         with self._store.begin() as connection:
             for old, new in zip(before, after, strict=True):
                 if isinstance(old, RuleStatus) and isinstance(new, RuleStatus):
                     rows.write_instances(connection, new.rule.id, old.instances, new.instances)
-            return rows.post(connection, transitions, self._receivers, unix_ns, self._pending_max)
 
     # --- series ---
 

@@ -1,6 +1,6 @@
-"""Deliver what the outbox holds: at least once, in order per alert, with patience.
+"""Deliver what the outbox holds: at least once, in order per group, with patience.
 
-A letter is written in the transaction that changes the alert's state (evaluation.py), and marked here after
+A letter is written in the transaction that notes what its group was told (notifier.py), and marked here after
 the receiver said 2xx. Killed in between, it is sent again with the same idempotency key. A receiver that is
 down or overloaded is left alone as a whole, with growing pauses; one that refuses a single letter (4xx) gets
 the others meanwhile.
@@ -14,7 +14,6 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pgherd.alerts.model import Transition
 from pgherd.alerts.notification import from_document
 from pgherd.alerts.notify import DeliveryError, Receiver
 from pgherd.collector.alerting import rows
@@ -25,6 +24,8 @@ from pgherd.runtime.logging import get_logger
 from pgherd.storage.control.store import ControlStore
 
 _log = get_logger(__name__)
+
+_RETRY_AFTER_MAX_S = 3600.0  # a receiver that names a longer pause is asked again
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,8 @@ class OutboxWorker:
             except PgherdError as error:  # the receiver is ill, or the store is: both heal, or are seen in the log
                 failures += 1
                 pause_s = self._backoff_s(failures)
+                if isinstance(error, DeliveryError) and error.retry_after_s is not None:
+                    pause_s = max(pause_s, min(error.retry_after_s, _RETRY_AFTER_MAX_S))
                 _log.warning(
                     "notify.outbox.paused", receiver=receiver.name, pause_s=pause_s, error=error.message, code=error.code
                 )
@@ -110,7 +113,7 @@ class OutboxWorker:
         letters = await asyncio.to_thread(self._due, receiver.name)
         for letter in letters:
             try:
-                await receiver.deliver(_transition(letter))
+                await receiver.deliver(from_document(letter.payload))
             except (DeliveryError, IntegrityError) as error:
                 self.counters[receiver.name].failed += 1
                 await asyncio.to_thread(self._mark_failed, letter, error)
@@ -164,7 +167,3 @@ class OutboxWorker:
     def _give_up_strangers(self, names: Sequence[str]) -> int:
         with self._store.begin() as connection:
             return rows.give_up_strangers(connection, names, self._clock.wall_unix_ns())
-
-
-def _transition(letter: Letter) -> Transition:
-    return from_document(letter.payload)

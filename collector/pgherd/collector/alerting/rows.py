@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, delete, func, or_, select, update
 from sqlalchemy.dialects.sqlite import insert
 
-from pgherd.alerts.model import Instance, State, Transition
-from pgherd.alerts.notification import to_document
-from pgherd.storage.control.schema import alert_instances, outbox
+from pgherd.alerts.grouping import GroupState, Told
+from pgherd.alerts.model import Instance, State
+from pgherd.alerts.notification import Note, Notification, to_document
+from pgherd.storage.control.schema import alert_instances, notification_groups, outbox
 
-_FINGERPRINT_DIGITS = 16  # an idempotency key begins with the alert's fingerprint
+_GROUP_DIGITS = 16  # an idempotency key begins with the digest of its group
 _UNDELIVERED = outbox.c.delivered_unix_ns.is_(None) & outbox.c.given_up_unix_ns.is_(None)
 
 
@@ -107,6 +108,35 @@ def _instance_row(rule_id: str, fingerprint: str, instance: Instance) -> dict[st
     }
 
 
+# --- groups -------------------------------------------------------------------------------------
+
+
+def read_groups(connection: Connection) -> dict[str, tuple[str, GroupState]]:
+    """What receivers know: group digest → receiver, state. Raises IntegrityError format.corrupt."""
+    found: dict[str, tuple[str, GroupState]] = {}
+    for row in connection.execute(select(notification_groups)).mappings():
+        told = {key: Told(Note.from_document(one["note"]), bool(one["silenced"])) for key, one in row["told"].items()}
+        found[row["digest"]] = (row["receiver"], GroupState(told, row["notified_unix_ns"]))
+    return found
+
+
+def write_group(connection: Connection, digest: str, receiver: str, state: GroupState | None) -> None:
+    """Remember, or forget, what a group's receiver knows."""
+    if state is None:
+        connection.execute(delete(notification_groups).where(notification_groups.c.digest == digest))
+        return
+    told = {key: {"note": one.note.to_document(), "silenced": one.silenced} for key, one in state.told.items()}
+    statement = insert(notification_groups).values(
+        digest=digest, receiver=receiver, told=told, notified_unix_ns=state.notified_unix_ns
+    )
+    connection.execute(
+        statement.on_conflict_do_update(
+            index_elements=["digest"],
+            set_={"told": statement.excluded.told, "notified_unix_ns": statement.excluded.notified_unix_ns},
+        )
+    )
+
+
 # --- outbox -------------------------------------------------------------------------------------
 
 
@@ -119,39 +149,35 @@ class Letter:
     attempts: int
 
 
-def post(
-    connection: Connection, transitions: Sequence[Transition], receivers: Iterable[str], now_unix_ns: int, pending_max: int
-) -> int:
-    """Put each transition into the outbox once per receiver; returns how many old letters were given up.
+def post(connection: Connection, receiver: str, messages: Sequence[Notification], now_unix_ns: int, pending_max: int) -> int:
+    """Put messages for one receiver into the outbox; returns how many old letters were given up.
 
     Overflow rule: no receiver has more than `pending_max` undelivered letters; the oldest give way, because
     what happened last is nearest to what is true. They stay visible as given up until pruned.
     """
-    if not transitions:
+    if not messages:
         return 0
-    given_up = 0
-    for receiver in receivers:
-        rows = [
-            {
-                "idempotency_key": transition.id,
-                "receiver": receiver,
-                "payload": to_document(transition),
-                "created_unix_ns": now_unix_ns,
-                "next_attempt_unix_ns": now_unix_ns,
-            }
-            for transition in transitions
-        ]
-        connection.execute(insert(outbox).on_conflict_do_nothing(index_elements=["idempotency_key", "receiver"]), rows)
-        excess = pending(connection, receiver) - pending_max
-        if excess > 0:
-            oldest = select(outbox.c.id).where(outbox.c.receiver == receiver, _UNDELIVERED).order_by(outbox.c.id).limit(excess)
-            connection.execute(
-                update(outbox)
-                .where(outbox.c.id.in_(oldest.scalar_subquery()))
-                .values(given_up_unix_ns=now_unix_ns, last_error="the outbox overflowed")
-            )
-            given_up += excess
-    return given_up
+    letters = [
+        {
+            "idempotency_key": message.id,
+            "receiver": receiver,
+            "payload": to_document(message),
+            "created_unix_ns": now_unix_ns,
+            "next_attempt_unix_ns": now_unix_ns,
+        }
+        for message in messages
+    ]
+    connection.execute(insert(outbox).on_conflict_do_nothing(index_elements=["idempotency_key", "receiver"]), letters)
+    excess = pending(connection, receiver) - pending_max
+    if excess <= 0:
+        return 0
+    oldest = select(outbox.c.id).where(outbox.c.receiver == receiver, _UNDELIVERED).order_by(outbox.c.id).limit(excess)
+    connection.execute(
+        update(outbox)
+        .where(outbox.c.id.in_(oldest.scalar_subquery()))
+        .values(given_up_unix_ns=now_unix_ns, last_error="the outbox overflowed")
+    )
+    return excess
 
 
 def pending(connection: Connection, receiver: str) -> int:
@@ -160,14 +186,14 @@ def pending(connection: Connection, receiver: str) -> int:
 
 
 def due(connection: Connection, receiver: str, now_unix_ns: int, backoff_max_ns: int, limit: int) -> list[Letter]:
-    """The letters to try now, oldest first: of each alert only its oldest, so that none overtakes another.
+    """The letters to try now, oldest first: of each group only its oldest, so that none overtakes another.
 
     A next attempt further ahead than any backoff comes from a clock that was wrong, and is due.
     """
     heads = (
         select(func.min(outbox.c.id))
         .where(outbox.c.receiver == receiver, _UNDELIVERED)
-        .group_by(func.substr(outbox.c.idempotency_key, 1, _FINGERPRINT_DIGITS))
+        .group_by(func.substr(outbox.c.idempotency_key, 1, _GROUP_DIGITS))
     )
     next_attempt = outbox.c.next_attempt_unix_ns
     rows = connection.execute(

@@ -18,13 +18,17 @@ from pgherd.alerts.model import Instance, State
 from pgherd.alerts.notification import rfc3339
 from pgherd.collector.alerting.evaluation import Evaluator
 from pgherd.collector.alerting.group import GroupStatus, RecordingStatus, RuleStatus
+from pgherd.collector.alerting.silencing import Silencer
+from pgherd.proto.clock import Clock
 
 _ZERO_TIME = "0001-01-01T00:00:00Z"  # Go's: never
 _SHOWN_BY_PROMETHEUS = (State.PENDING, State.FIRING)
 PAGE_MAX = 1000
 
 
-def alerts_router(evaluator: Evaluator, require: Callable[[str], Callable[..., Any]]) -> APIRouter:
+def alerts_router(
+    evaluator: Evaluator, silencer: Silencer, clock: Clock, require: Callable[[str], Callable[..., Any]]
+) -> APIRouter:
     """Own routes under /api/v1, to be included by the composition root. `require(scope)` makes the dependency."""
     router = APIRouter(prefix="/api/v1", tags=["alerts"], dependencies=[Depends(require("viewer"))])
 
@@ -35,6 +39,7 @@ def alerts_router(evaluator: Evaluator, require: Callable[[str], Callable[..., A
         cursor: Annotated[str | None, Query(max_length=512)] = None,
     ) -> dict[str, Any]:
         """One page of alert instances in a stable order, narrowed to some states."""
+        now_unix_ns = clock.wall_unix_ns()
         found = [
             (f"{status.rule.id} {fingerprint}", status, fingerprint, instance)
             for group in evaluator.status()
@@ -47,7 +52,13 @@ def alerts_router(evaluator: Evaluator, require: Callable[[str], Callable[..., A
         more = len(page) > limit
         page = page[:limit]
         return {
-            "items": [_own(status, fingerprint, instance) for _key, status, fingerprint, instance in page],
+            "items": [
+                {
+                    **_own(status, fingerprint, instance),
+                    "silenced_by": silencer.silenced_by(fingerprint, instance.labels, now_unix_ns),
+                }
+                for _key, status, fingerprint, instance in page
+            ],
             "next_cursor": page[-1][0] if more else None,
         }
 
