@@ -143,7 +143,7 @@ def test_connections_high_waits_a_minute_and_resolves(world: World) -> None:
         letter = connection.execute(select(outbox.c.payload)).scalars().first()
     assert letter is not None
     assert from_document(letter).common_annotations["summary"] == "db1: 97.94% of usable connections are taken"
-    assert letter["labels"] == {**LABELS, "alertname": "ConnectionsHigh", "severity": "warning"}
+    assert from_document(letter).common_labels == {**LABELS, "alertname": "ConnectionsHigh", "severity": "warning"}
 
 
 def test_a_saturated_server_keeps_firing_though_nobody_can_count(world: World) -> None:
