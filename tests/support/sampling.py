@@ -15,6 +15,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from pgherd.agent.config import NodeConfig, SamplingConfig
 from pgherd.agent.probes.catalog import load_catalog
 from pgherd.agent.sampler import NodeSampler
+from pgherd.proto.clock import Clock
 from pgherd.runtime.clock import SystemClock
 from pgherd.runtime.queue.spool import Spool
 from support.spooling import open_spool
@@ -137,10 +138,11 @@ async def sampling(
     settings: SamplingConfig = SAMPLING,
     password_file: Path | None = None,
     host: Literal["auto", "local", "remote"] = "auto",
+    clock: Clock | None = None,
 ) -> AsyncIterator[Bench]:
     node = NodeConfig(alias="n1", cluster="c1", conninfo=conninfo, password_file=password_file, host=host)
     spool = open_spool(directory, size_max=1 << 24, segment_max=1 << 18)
-    clock = SystemClock()
+    clock = clock or SystemClock()
     sampler = NodeSampler(
         agent_id=AGENT_ID, node_id=NODE_ID, node=node, sampling=settings, catalog=load_catalog(), spool=spool, clock=clock
     )
