@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ("pgherd/proto/control/v1/control.proto",)
+SOURCES = ("pgherd/proto/control/v1/control.proto", "pgherd/proto/remote/v1/remote.proto")
 SUFFIXES = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py")
 
 

@@ -139,6 +139,46 @@ class AlertsConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class RemoteWriteConfig:
+    """A Prometheus remote write receiver: Prometheus, VictoriaMetrics, Mimir, Thanos."""
+
+    name: str  # of its queue, and in metrics; letters, digits, - and _
+    url: str
+    header_files: dict[str, Path] = field(default_factory=dict)  # header → file that holds its value
+    ca_file: Path | None = None  # instead of the system's authorities
+    certificate_file: Path | None = None  # with key_file: our client certificate
+    key_file: Path | None = None
+    timeout: Duration = 15.0
+    queue_size: Size = 1024 * 1024 * 1024  # the oldest goes first
+    queue_age: Duration = 86400.0  # what is older isn't sent any more
+
+
+@dataclass(frozen=True, slots=True)
+class OtlpForwardConfig:
+    """An OTLP receiver: another collector, Datadog, New Relic."""
+
+    name: str  # of its queue, and in metrics; letters, digits, - and _
+    endpoint: str  # HTTP: the whole URL; gRPC: https://host:port, or http:// without TLS
+    protocol: Literal["http", "grpc"] = "http"
+    service_name: str = "pgherd"  # of our agents' series; another pgherd collector takes any but this one
+    header_files: dict[str, Path] = field(default_factory=dict)  # header → file that holds its value
+    ca_file: Path | None = None  # instead of the system's authorities
+    certificate_file: Path | None = None  # with key_file: our client certificate
+    key_file: Path | None = None
+    timeout: Duration = 15.0
+    queue_size: Size = 1024 * 1024 * 1024  # the oldest goes first
+    queue_age: Duration = 86400.0  # what is older isn't sent any more
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardConfig:
+    """Where all that is stored is sent as well."""
+
+    remote_write: tuple[RemoteWriteConfig, ...] = ()
+    otlp: tuple[OtlpForwardConfig, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class CollectorConfig:
     """The whole file."""
 
@@ -152,6 +192,7 @@ class CollectorConfig:
     series: SeriesConfig = field(default_factory=SeriesConfig)
     query: QueryConfig = field(default_factory=QueryConfig)
     alerts: AlertsConfig = field(default_factory=AlertsConfig)
+    forward: ForwardConfig = field(default_factory=ForwardConfig)
 
     @property
     def socket(self) -> Path:

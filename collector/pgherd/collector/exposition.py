@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from pgherd.alerts.gotemplate.gofmt import go_float
 from pgherd.collector.alerting.evaluation import Evaluator
 from pgherd.collector.alerting.outbox import OutboxWorker
 from pgherd.collector.control.herd import Herd
+from pgherd.collector.forward.forwarder import Forwarder, ForwardStatus
 from pgherd.collector.identity.gate import PeerGate
 from pgherd.collector.ingest.service import MetricsService
 from pgherd.storage.series.store import SeriesStore
@@ -50,7 +51,13 @@ def _escaped(text: str) -> str:
 
 
 def collector_families(
-    series: SeriesStore, ingest: MetricsService, herd: Herd, gate: PeerGate, evaluator: Evaluator, outbox: OutboxWorker
+    series: SeriesStore,
+    ingest: MetricsService,
+    herd: Herd,
+    gate: PeerGate,
+    evaluator: Evaluator,
+    outbox: OutboxWorker,
+    forwarder: Forwarder,
 ) -> Callable[[], list[Family]]:
     """A function that reads everything now. Call it from a thread: it asks the file system."""
     process = psutil.Process()
@@ -118,6 +125,7 @@ def collector_families(
                 "receiver",
                 {n: c.failed for n, c in outbox.counters.items()},
             ),
+            *forward_families(forwarder.status()),
             single("process_resident_memory_bytes", "gauge", "Resident memory.", memory.rss),
             single("process_virtual_memory_bytes", "gauge", "Virtual memory.", memory.vms),
             single("process_cpu_seconds_total", "counter", "CPU time.", cpu.user + cpu.system),
@@ -126,6 +134,28 @@ def collector_families(
         ]
 
     return read
+
+
+def forward_families(status: Sequence[ForwardStatus]) -> list[Family]:
+    """How forwarding stands, by destination; nothing when nothing is forwarded."""
+    if not status:
+        return []
+    said: list[tuple[str, str, str, Callable[[ForwardStatus], float]]] = [
+        ("sent_points_total", "counter", "Samples that the receiver took.", lambda one: one.sent_points),
+        (
+            "dropped_points_total",
+            "counter",
+            "Samples dropped: too many, too old, or unreadable.",
+            lambda one: one.dropped_points,
+        ),
+        ("failed_points_total", "counter", "Samples that the receiver refused for ever.", lambda one: one.failed_points),
+        ("queue_bytes", "gauge", "Size of the queue on disk.", lambda one: one.queue_bytes),
+        ("lag_seconds", "gauge", "Age of the oldest sample that waits.", lambda one: one.lag_s),
+    ]
+    return [
+        Family(f"pgherd_forward_{name}", kind, text, {(("destination", one.name),): float(value(one)) for one in status})
+        for name, kind, text, value in said
+    ]
 
 
 def _by(name: str, help_text: str, label: str, values: Mapping[Any, float]) -> Family:

@@ -46,6 +46,7 @@ from pgherd.collector.control.ledger import Ledger
 from pgherd.collector.control.session import ControlService, SessionSettings
 from pgherd.collector.control.views import Views
 from pgherd.collector.exposition import collector_families
+from pgherd.collector.forward.forwarder import Forwarder
 from pgherd.collector.identity.ca import CertificateAuthority
 from pgherd.collector.identity.enrol import enrolment_app
 from pgherd.collector.identity.enrolment import Enrolment
@@ -101,6 +102,7 @@ def _quota(config: IngestConfig) -> Quota:
 class _Stores:
     control: ControlStore
     series: SeriesStore
+    forwarder: Forwarder
 
 
 @contextlib.contextmanager
@@ -120,9 +122,11 @@ def _stores(config: CollectorConfig, clock: Clock) -> Iterator[_Stores]:
             ),
             select_samples_max=config.query.samples_max,
         )
-        series = SeriesStore.open(layout.series, settings, clock)
+        forwarder = Forwarder.open(layout.forward, config.forward, clock)
+        stack.callback(forwarder.close)
+        series = SeriesStore.open(layout.series, settings, clock, forwarder.tap if forwarder.is_used else None)
         stack.callback(series.close)
-        yield _Stores(control, series)
+        yield _Stores(control, series, forwarder)
 
 
 class Collector:
@@ -232,7 +236,9 @@ class Collector:
     def _http_server(self) -> OwnedServer:
         config = self._config.http
         authenticator = Authenticator(self.stores.control, self._clock, frozenset(config.socket_uids), config.anonymous_read)
-        families = collector_families(self.stores.series, self.ingest, self.herd, self.gate, self.evaluator, self.outbox)
+        families = collector_families(
+            self.stores.series, self.ingest, self.herd, self.gate, self.evaluator, self.outbox, self.stores.forwarder
+        )
         app = http_app(
             authenticator, self._routers(), ready=self._ready, families=families, shipments=self.stores.series.shipments
         )
@@ -328,6 +334,7 @@ class Collector:
                         ("heartbeats", self.heartbeats.run()),
                         ("replication lag", self.lag.run()),
                         ("certificate", self.certificate.keep_fresh()),
+                        ("forward", self.stores.forwarder.run()),
                     )
                 ]
                 servers = [

@@ -36,6 +36,10 @@ class Layout:
         return self.root / "series.duckdb"
 
     @property
+    def forward(self) -> Path:
+        return self.root / "forward"
+
+    @property
     def lock(self) -> Path:
         return self.root / "lock"
 

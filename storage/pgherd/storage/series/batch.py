@@ -7,7 +7,7 @@ Never broken:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -114,6 +114,20 @@ class Receipt:
     deltas_repeated: int = 0  # increases no later than what their series had: taken for repeats, not added again
     repeated: bool = False  # the sequence had been stored before; nothing was stored now
     gap: int = 0  # sequences that were skipped just before this one
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """What a commit is about to store: repeats left out, increases added up. For who wants to send it on."""
+
+    series_ids: NDArray[np.int32]
+    times_ms: NDArray[np.int64]
+    values: NDArray[np.float64]
+    labels: Callable[[Iterable[int]], Mapping[int, Labels]]  # of the ids that are asked for
+    metrics: Mapping[str, Metric]  # by family name
+
+
+Tap = Callable[[Rows], None]
 
 
 @dataclass(frozen=True, slots=True)

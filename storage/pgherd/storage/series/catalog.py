@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pgherd.proto.samples import Metric, MetricKind
-from pgherd.storage.series.batch import Labels, SeriesLayout, ShipmentState
+from pgherd.storage.series.batch import Labels, Rows, SeriesLayout, ShipmentState
 from pgherd.storage.series.index import SeriesIndex
 from pgherd.storage.series.plan import CommitPlan, Known, NewSeries, Total
 
@@ -82,6 +82,18 @@ class Catalog:
             self._totals |= {series_id: Total(value, time_ms) for series_id, value, time_ms in rows}
             unknown = [series_id for series_id in unknown if series_id not in self._totals]
         return {series_id: self._totals[series_id] for series_id in ids if series_id in self._totals}
+
+    def rows(self, plan: CommitPlan) -> Rows:
+        """What `plan` is about to store, readable before it is applied."""
+        made = {row.id: row.labels for row in plan.new_series}
+
+        def labels(ids: Iterable[int]) -> Mapping[int, Labels]:
+            wanted = set(ids)
+            known = np.array([i for i in wanted if i not in made], np.int32)
+            return made | dict(zip(known.tolist(), self.index.labels(known), strict=True))
+
+        metrics = {**self.metrics, **{metric.name: metric for metric in plan.metrics}} if plan.metrics else self.metrics
+        return Rows(plan.series_ids, plan.times_ms, plan.values, labels, metrics)
 
     def apply(self, plan: CommitPlan) -> None:
         """Take over what was just committed."""

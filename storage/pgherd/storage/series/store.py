@@ -14,7 +14,7 @@ from pathlib import Path
 import duckdb
 
 from pgherd.proto.clock import Clock
-from pgherd.storage.series.batch import Batch, Receipt, ShipmentState
+from pgherd.storage.series.batch import Batch, Receipt, ShipmentState, Tap
 from pgherd.storage.series.catalog import Catalog
 from pgherd.storage.series.database import Database, DatabaseSettings, first_line, unavailable
 from pgherd.storage.series.reader import SeriesReader
@@ -51,15 +51,15 @@ class SeriesStore(SeriesReader):
         self._writer = writer
 
     @classmethod
-    def open(cls, path: Path, settings: SeriesSettings, clock: Clock) -> SeriesStore:
-        """Open or create; replays DuckDB's log. Raises as `Database.open`."""
+    def open(cls, path: Path, settings: SeriesSettings, clock: Clock, tap: Tap | None = None) -> SeriesStore:
+        """Open or create; replays DuckDB's log. `tap` sees what is about to be committed. Raises as `Database.open`."""
         database = Database.open(path, settings.database, clock)
         try:
             catalog = Catalog.load(database.connection)
         except duckdb.Error as error:
             database.close()
             raise unavailable(f"can't read {path}: {first_line(error)}") from error
-        writer = Writer(database, catalog, settings.writer, clock)
+        writer = Writer(database, catalog, settings.writer, clock, tap)
         writer.start()
         return cls(database, writer, settings.select_samples_max)
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 from pgherd.proto.clock import Clock
 from pgherd.proto.errors import PgherdError
 from pgherd.runtime.logging import get_logger
-from pgherd.storage.series.batch import Batch, Receipt
+from pgherd.storage.series.batch import Batch, Receipt, Tap
 from pgherd.storage.series.catalog import Catalog, labels_to_json
 from pgherd.storage.series.database import Database, first_line, unavailable
 from pgherd.storage.series.expiry import Expiry
@@ -69,7 +69,11 @@ class WriterCounters:
 class Writer:
     """Owns the database's connection and the catalog while it runs."""
 
-    def __init__(self, database: Database, catalog: Catalog, settings: WriterSettings, clock: Clock) -> None:
+    def __init__(
+        self, database: Database, catalog: Catalog, settings: WriterSettings, clock: Clock, tap: Tap | None = None
+    ) -> None:
+        """`tap` gets what is about to be committed, in this thread; it may not raise."""
+        self._tap = tap
         self._database = database
         self._settings = settings
         self._clock = clock
@@ -148,6 +152,8 @@ class Writer:
                 limits=SeriesLimits(self._settings.series_max, self._settings.series_per_owner_max),
                 now_unix_ms=self._clock.wall_unix_ns() // 1_000_000,
             )
+            if self._tap is not None and len(plan.series_ids):
+                self._tap(self.catalog.rows(plan))  # before the commit: a crash in between repeats, it never loses
             if len(plan.series_ids) or plan.shipments:
                 self._write(plan)
         except (duckdb.Error, PgherdError) as error:
