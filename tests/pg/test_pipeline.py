@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any
 
 import psycopg
 import pytest
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.pg
 
 
 @contextlib.asynccontextmanager
-async def opened(server: Server, **settings: float) -> AsyncIterator[NodeConnection]:
+async def opened(server: Server, **settings: Any) -> AsyncIterator[NodeConnection]:
     sampling = replace(SAMPLING, **settings)
     connection = NodeConnection(NodeConfig("n", "c", server.conninfo()), sampling, SystemClock())
     assert await connection.open()

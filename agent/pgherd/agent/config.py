@@ -48,6 +48,9 @@ class SamplingConfig:
     lock_timeout: Duration = 0.5
     connect_timeout: Duration = 5.0
     answer_timeout: Duration = 5.0  # a server that accepts but doesn't answer for this long is hung
+    latency: bool = True  # look at the sessions ten times a second, for percentiles of statement durations (docs/latency.md)
+    latency_window: Duration = 60.0  # how often they are estimated; shorter windows know less
+    latency_threshold: Duration = 1.0  # statements above it are counted, for the P99 alert
 
 
 @dataclass(frozen=True, slots=True)

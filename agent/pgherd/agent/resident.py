@@ -11,6 +11,7 @@ import pgherd.agent.lean  # noqa: F401  # isort: skip  # works by being imported
 
 import asyncio
 import os
+import random
 import signal
 import socket
 import sys
@@ -33,6 +34,7 @@ from pgherd.agent.command.session import ControlClient, SessionSettings, SpoolSt
 from pgherd.agent.config import ENVIRONMENT_PREFIX, AgentConfig
 from pgherd.agent.identity.files import Identity, require_identity
 from pgherd.agent.identity.schedule import renewal_due_unix_ns
+from pgherd.agent.latency.sampler import LatencySampler
 from pgherd.agent.node import NodeStatus
 from pgherd.agent.nodes import node_ids
 from pgherd.agent.probes.catalog import load_catalog
@@ -147,6 +149,20 @@ class Agent:
             )
             for sampler in self._samplers
         ]
+        self._latency = [
+            LatencySampler(
+                connection=sampler.connection,
+                emitter=sampler.emitter,
+                status=lambda sampler=sampler: sampler.status,  # type: ignore[misc]
+                window_s=config.sampling.latency_window,
+                threshold_s=config.sampling.latency_threshold,
+                clock=clock,
+                budget=sampler.budget,
+                chance=random.random,
+            )
+            for sampler in self._samplers
+            if config.sampling.latency
+        ]
         outlet = Outlet()
         policy = policy_of(config.policy)
         self._schedule: BackupSchedule | None = None
@@ -219,6 +235,7 @@ class Agent:
                 *(tasks.create_task(rounds.run()) for rounds in self._rounds),
                 *(tasks.create_task(statements.run()) for statements in self._statements),
                 *(tasks.create_task(figures.run()) for figures in self._backups),
+                *(tasks.create_task(latency.run()) for latency in self._latency),
             ]
             others = [tasks.create_task(self._keep_status())]
             if self._schedule:

@@ -29,7 +29,7 @@ from pgherd.agent.probes.own import OwnFigures
 from pgherd.agent.probes.pipeline import Question
 from pgherd.agent.probes.places import PLACES_SQL
 from pgherd.agent.probes.rhythm import Rhythm
-from pgherd.agent.probes.rows import samples_of, unknown_reason
+from pgherd.agent.probes.rows import samples_of, unknown_reason, unknown_sample
 from pgherd.agent.telemetry.convert import Source
 from pgherd.agent.telemetry.emit import Emitter
 from pgherd.proto.clock import Clock
@@ -56,9 +56,6 @@ SCRAPE_DURATION: Final = Metric("pg_exporter_last_scrape_duration_seconds", _GAU
 SCRAPE_ERROR: Final = Metric("pg_exporter_last_scrape_error", _GAUGE, "Whether the last sampling had an error (1) or not (0)")
 PROBE_DURATION: Final = Metric("pgherd_probe_duration_seconds", _GAUGE, "Duration of the probe's last answer", "s")
 PROBE_ERRORS: Final = Metric("pgherd_probe_errors_total", _COUNTER, "Failed probes since the agent's start, by code")
-PROBE_UNKNOWN: Final = Metric(
-    "pgherd_probe_unknown", _GAUGE, "1 while a probe can't know a value, with the reason, and the grant that would help"
-)
 TESTED: Final = Metric(
     "pgherd_server_tested",
     _GAUGE,
@@ -110,8 +107,7 @@ class _Tick:
 
     def unknown(self, probe: str, reason: str, *, source: str = "", grant: str = "") -> None:
         """The probe can't know a value; `grant` is what the role would need."""
-        labels = {"probe": probe, "reason": reason} | ({"grant": grant} if grant else {})
-        self.stated.setdefault(source or probe, []).append(Sample(PROBE_UNKNOWN, labels, 1.0))
+        self.stated.setdefault(source or probe, []).append(unknown_sample(probe, reason, grant))
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,7 +354,7 @@ class NodeSampler:
         samples, unknown = await self._local.sample()
         tick.stated[_HOST] = [
             *samples,
-            *(Sample(PROBE_UNKNOWN, {"probe": probe, "reason": reason}, 1.0) for probe, reason in unknown.items()),
+            *(unknown_sample(probe, reason) for probe, reason in unknown.items()),
         ]
 
     # ---- the agent's own samples

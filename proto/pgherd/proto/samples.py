@@ -33,14 +33,35 @@ class Metric:
 
 
 @dataclass(frozen=True, slots=True)
+class ExponentialBuckets:
+    """What an exponential histogram has counted since its start: bucket offset + i holds (b^(offset+i), b^(offset+i+1)].
+
+    b is 2^(2^-scale); `zero_count` are those at or below `zero_threshold`. Source: OTLP ExponentialHistogramDataPoint.
+    """
+
+    scale: int
+    offset: int
+    counts: tuple[int, ...]
+    zero_count: int
+    zero_threshold: float
+    sum: float
+
+    @property
+    def count(self) -> int:
+        return self.zero_count + sum(self.counts)
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One value of one series at the time of its cycle.
 
     `labels` holds what the probe knows (datname, state …); job, instance, cluster and node are added
-    from the resource. `start_unix_ns` is a counter's last reset, 0 when the server doesn't tell.
+    from the resource. `start_unix_ns` is a counter's last reset, 0 when the server doesn't tell. A histogram's sample
+    has `buckets`, and its `value` is their count.
     """
 
     metric: Metric
     labels: Mapping[str, str]
     value: float
     start_unix_ns: int = 0
+    buckets: ExponentialBuckets | None = None

@@ -16,6 +16,12 @@ from pgherd.proto.samples import Metric, MetricKind, Sample
 
 Row = Mapping[str, Any]
 
+PROBE_UNKNOWN = Metric(
+    "pgherd_probe_unknown",
+    MetricKind.GAUGE,
+    "1 while a probe can't know a value, with the reason, and the grant that would help",
+)
+
 _SECONDS = {"us": 1e-6, "ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _BYTES_OF_SUFFIX = {"B": 1, "kB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "TB": 1 << 40}
 
@@ -32,6 +38,11 @@ def unknown_reason(probe: Probe, rows: Iterable[Row]) -> str:
     if not probe.unknown:
         return ""
     return next((str(row[probe.unknown]) for row in rows if row[probe.unknown] is not None), "")
+
+
+def unknown_sample(probe: str, reason: str, grant: str = "") -> Sample:
+    """That a probe can't know a value now, why, and what the role would need."""
+    return Sample(PROBE_UNKNOWN, {"probe": probe, "reason": reason} | ({"grant": grant} if grant else {}), 1.0)
 
 
 def _row_samples(probe: Probe, row: Row) -> Iterable[Sample]:

@@ -2,8 +2,9 @@
 
 Never broken: every point of a request carries the same timestamp; a series occurs at most once; a
 series that was in the last cycle and isn't in this one gets exactly one NO_RECORDED_VALUE point, so that
-"unknown now" reaches the collector instead of a frozen value. An unchanged set of series gives the same
-byte layout every cycle (values are fixed-width), which the collector's decoder lives on.
+"unknown now" reaches the collector instead of a frozen value. An unchanged set of gauges and counters gives the same
+byte layout every cycle (values are fixed-width), which the collector's decoder lives on. Histograms don't: their
+buckets are as many as were filled, so they travel in batches of their own.
 
 Source: opentelemetry-proto metrics/v1; Prometheus staleness markers.
 """
@@ -12,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import KeyValue
 from opentelemetry.proto.metrics.v1.metrics_pb2 import (
     AggregationTemporality,
     DataPointFlags,
+    ExponentialHistogramDataPoint,
     NumberDataPoint,
     ScopeMetrics,
 )
@@ -28,8 +30,11 @@ from pgherd.proto.samples import Metric, MetricKind, Sample
 SCOPE_NAME: Final = "pgherd.agent"
 SERVICE_NAME: Final = "pgherd"
 
+_STALE: Final = DataPointFlags.DATA_POINT_FLAGS_NO_RECORDED_VALUE_MASK
+
 SeriesKey = tuple[str, tuple[tuple[str, str], ...]]
 Series = dict[SeriesKey, Sample]
+Point = NumberDataPoint | ExponentialHistogramDataPoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +83,7 @@ def encode(source: Source, current: Series, stale: Sequence[Sample], unix_ns: in
     resource_metrics.resource.attributes.extend(_attributes(source.attributes()))
     scope = resource_metrics.scope_metrics.add()
     scope.scope.name = SCOPE_NAME
-    points_of: dict[Metric, list[NumberDataPoint]] = {}
+    points_of: dict[Metric, list[Point]] = {}
     for sample in current.values():
         points_of.setdefault(sample.metric, []).append(_point(sample, unix_ns))
     for sample in stale:
@@ -89,27 +94,45 @@ def encode(source: Source, current: Series, stale: Sequence[Sample], unix_ns: in
     return data
 
 
-def _add_metric(scope: ScopeMetrics, metric: Metric, points: Sequence[NumberDataPoint]) -> None:
+def _add_metric(scope: ScopeMetrics, metric: Metric, points: Sequence[Any]) -> None:
+    """`points` are of the class that the metric's kind has."""
     wire = scope.metrics.add()
     wire.name, wire.description, wire.unit = metric.name, metric.help, metric.unit
     if metric.kind is MetricKind.COUNTER:
         wire.sum.aggregation_temporality = AggregationTemporality.AGGREGATION_TEMPORALITY_CUMULATIVE
         wire.sum.is_monotonic = True
         wire.sum.data_points.extend(points)
+    elif metric.kind is MetricKind.HISTOGRAM:
+        wire.exponential_histogram.aggregation_temporality = AggregationTemporality.AGGREGATION_TEMPORALITY_CUMULATIVE
+        wire.exponential_histogram.data_points.extend(points)
     else:
         wire.gauge.data_points.extend(points)
 
 
-def _point(sample: Sample, unix_ns: int) -> NumberDataPoint:
-    point = NumberDataPoint(time_unix_nano=unix_ns, as_double=sample.value)
+def _point(sample: Sample, unix_ns: int) -> Point:
+    point: Point
+    if (buckets := sample.buckets) is not None:
+        point = ExponentialHistogramDataPoint(
+            time_unix_nano=unix_ns,
+            count=buckets.count,
+            sum=buckets.sum,
+            scale=buckets.scale,
+            zero_count=buckets.zero_count,
+            zero_threshold=buckets.zero_threshold,
+        )
+        point.positive.offset = buckets.offset
+        point.positive.bucket_counts.extend(buckets.counts)
+    else:
+        point = NumberDataPoint(time_unix_nano=unix_ns, as_double=sample.value)
     if sample.start_unix_ns:
         point.start_time_unix_nano = sample.start_unix_ns
     point.attributes.extend(_attributes(sample.labels))
     return point
 
 
-def _stale_point(sample: Sample, unix_ns: int) -> NumberDataPoint:
-    point = NumberDataPoint(time_unix_nano=unix_ns, flags=DataPointFlags.DATA_POINT_FLAGS_NO_RECORDED_VALUE_MASK)
+def _stale_point(sample: Sample, unix_ns: int) -> Point:
+    kind = ExponentialHistogramDataPoint if sample.metric.kind is MetricKind.HISTOGRAM else NumberDataPoint
+    point: Point = kind(time_unix_nano=unix_ns, flags=_STALE)
     point.attributes.extend(_attributes(sample.labels))
     return point
 
