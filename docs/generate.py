@@ -1,16 +1,19 @@
 """Generate the reference pages from the code; `--check` fails when a committed page isn't fresh.
 
 errors.md from the error registry, configuration.md from the dataclasses and the comments beside their
-fields, cli.md from the commands themselves. `python docs/generate.py [--check]`.
+fields, cli.md from the commands themselves, metrics.md from the probe catalogues. `python docs/generate.py [--check]`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
+import pkgutil
 import re
 import sys
 import typing
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
@@ -18,10 +21,13 @@ import click
 from pgherd.agent.config import ENVIRONMENT_PREFIX as AGENT_PREFIX
 from pgherd.agent.config import AgentConfig
 from pgherd.agent.main import agent
+from pgherd.agent.probes.catalog import Probe, load_catalog
+from pgherd.agent.rounds.walk import load_probes as rounds_probes
 from pgherd.cli.main import pgherd
 from pgherd.collector.config import ENVIRONMENT_PREFIX as COLLECTOR_PREFIX
 from pgherd.collector.config import CollectorConfig
 from pgherd.proto.codes import REGISTRY, Exit
+from pgherd.proto.samples import Metric
 from pgherd.runtime.config import Duration, Size
 
 HERE = Path(__file__).resolve().parent
@@ -143,7 +149,66 @@ def cli_page() -> str:
     return "\n".join([*lines, *_commands(pgherd, "pgherd"), *_commands(agent, "pgherd-agent")])
 
 
-PAGES = {"errors.md": errors_page, "configuration.md": configuration_page, "cli.md": cli_page}
+_TIERS = {
+    "live": "every second (`sampling.live_interval`)",
+    "cycle": "every 10 s (`sampling.interval`)",
+    "slow": "every minute (`sampling.slow_interval`)",
+}
+
+
+def metrics_page() -> str:
+    """Every series by name: from the probe catalogues, and the metrics that modules define themselves."""
+    lines = [
+        GENERATED,
+        "# Metrics\n",
+        "What agents and collector store. Names and labels are postgres_exporter's where it has the metric; ours begin with `pgherd_`.",
+        "Every series also has `job`, `instance`, `cluster` and `node`. What can't be known has no sample;",
+        '`pgherd_probe_unknown{probe,reason}` says why, and its label `grant` what the role would need. "14+" stands for PostgreSQL 14 and newer.\n',
+    ]
+    catalogue, walk = load_catalog().probes, tuple(rounds_probes().values())
+    for tier, when in _TIERS.items():
+        lines += [f"## Asked {when}\n", *_probe_table([probe for probe in catalogue if probe.tier == tier])]
+    lines += ["## Asked of each database (`sampling.rare_interval`)\n", *_probe_table(walk)]
+    lines += [
+        "## Every numeric setting\n",
+        "`pg_settings_<name>`, in bytes (`_bytes`) and seconds (`_seconds`) where the setting has a unit.\n",
+    ]
+    asked = {metric.name for probe in (*catalogue, *walk) for column in probe.columns for metric in column.metrics}
+    for title, package in (("By the agent itself", "pgherd.agent"), ("By the collector", "pgherd.collector")):
+        found = {metric.name: metric for metric in _defined(package) if metric.name not in asked}
+        lines += [f"## {title}\n", "| series | kind | what |", "|---|---|---|"]
+        lines += [f"| `{name}` | {found[name].kind} | {_cell(found[name].help)} |" for name in sorted(found)]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _probe_table(probes: Sequence[Probe]) -> list[str]:
+    """One row per metric, in the order of the catalogue."""
+    rows: dict[str, str] = {}
+    for probe in probes:
+        for column in probe.columns:
+            labels = ", ".join([*column.labels, *column.constants])
+            for metric in column.metrics:
+                rows[metric.name] = f"`{metric.name}` | {labels} | {metric.kind} | {_cell(metric.help)}"
+    lines = ["| series | labels | kind | what |", "|---|---|---|---|"]
+    return [*lines, *(f"| {row} |" for row in rows.values()), ""]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def _defined(package: str) -> Iterator[Metric]:
+    """The metrics that a package's modules define at their top level, alone or in collections."""
+    for info in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
+        if info.name in ("pgherd.agent.resident", "pgherd.agent.lean"):  # changes the process that imports it
+            continue
+        for value in vars(importlib.import_module(info.name)).values():
+            members = value.values() if isinstance(value, dict) else value if isinstance(value, tuple | list) else (value,)
+            yield from (member for member in members if isinstance(member, Metric))
+
+
+PAGES = {"errors.md": errors_page, "configuration.md": configuration_page, "cli.md": cli_page, "metrics.md": metrics_page}
 
 
 def main() -> int:

@@ -314,7 +314,7 @@ def test_a_server_that_got_a_hundred_times_slower_is_asked_less_within_three_cyc
                     seen = await bench.cycle()
                     cycles += 1
                 assert cycles <= 3
-                for tier in ("tables", "rare", "slow", "latency"):
+                for tier in ("tables", "statements", "slow", "latency"):
                     assert seen.value("pgherd_sampling_shed", tier=tier) == 1, "the order: what a DBA needs goes last"
                 shed = await bench.cycle()
                 assert shed.unknown()["stat_database"] == "shed"

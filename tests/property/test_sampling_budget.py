@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from pgherd.agent.probes.budget import HOLD_MAX_S, HOLD_S, SHED_ORDER, Budget
 from pgherd.agent.probes.meter import Usage, cost_s
 
-INTERVALS = {"live": 1.0, "cycle": 10.0, "slow": 60.0, "rare": 300.0, "tables": 300.0, "latency": 0.1}
-USUAL = {"live": 0.0004, "cycle": 0.004, "slow": 0.008, "rare": 0.06, "tables": 0.2, "latency": 0.0001}
+INTERVALS = {"live": 1.0, "cycle": 10.0, "slow": 60.0, "statements": 60.0, "tables": 300.0, "latency": 0.1}
+USUAL = {"live": 0.0004, "cycle": 0.004, "slow": 0.008, "statements": 0.03, "tables": 0.2, "latency": 0.0001}
 SHARE = 0.005
 
 
@@ -45,7 +45,7 @@ def test_what_is_dear_goes_and_the_rest_stays() -> None:
         budget.spent("cycle", 0.004, float(number))
         budget.spent("tables", 30.0, float(number))  # a walk over very many tables
     assert budget.shed == ("tables",)
-    assert budget.allows("rare")
+    assert budget.allows("statements")
 
 
 def test_one_hiccup_sheds_nothing() -> None:

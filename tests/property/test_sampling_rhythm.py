@@ -19,7 +19,7 @@ from pgherd.proto.samples import Metric, MetricKind, Sample
 from support.sampling import decode
 from support.spooling import open_spool
 
-INTERVALS = {"live": 1.0, "cycle": 10.0, "slow": 60.0, "rare": 300.0}
+INTERVALS = {"live": 1.0, "cycle": 10.0, "slow": 60.0}
 PROBE = load_catalog().for_major(18)[0]
 
 

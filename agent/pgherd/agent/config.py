@@ -37,7 +37,7 @@ class NodeConfig:
 
 @dataclass(frozen=True, slots=True)
 class SamplingConfig:
-    """How the sampler asks the server: four tiers, each as rarely as its facts change and its questions cost."""
+    """How the sampler asks the server: in tiers, each as rarely as its facts change and its questions cost."""
 
     live_interval: Duration = 1.0  # WAL positions, receiver, waiters
     interval: Duration = 10.0  # counters, activity, replication

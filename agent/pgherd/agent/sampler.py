@@ -154,14 +154,10 @@ class NodeSampler:
         self.emitter = Emitter(Source(agent_id, node_id, node.alias, node.cluster, instance), spool, on_spooled)
         self.status = NodeStatus(node_id, node.alias, node.cluster, instance)
         self._tick_s = min(sampling.live_interval, sampling.interval)
-        intervals_s = {
-            "live": self._tick_s,
-            "cycle": sampling.interval,
-            "slow": max(sampling.slow_interval, sampling.interval),
-            "rare": max(sampling.rare_interval, sampling.slow_interval),
-        }
+        slow_s = max(sampling.slow_interval, sampling.interval)
+        intervals_s = {"live": self._tick_s, "cycle": sampling.interval, "slow": slow_s}
         self._rhythm = Rhythm(intervals_s)
-        others_s = {"tables": intervals_s["rare"], "statements": intervals_s["slow"], "latency": _LATENCY_INTERVAL_S}
+        others_s = {"tables": max(sampling.rare_interval, slow_s), "statements": slow_s, "latency": _LATENCY_INTERVAL_S}
         self.budget = Budget(sampling.server_share_max, {**intervals_s, **others_s})
         self._cycle_due_mono_s = clock.mono_s()
         self._errors: dict[tuple[str, str], int] = {}
@@ -196,7 +192,7 @@ class NodeSampler:
             await asyncio.wait_for(self.connection.close(), 5.0)
 
     async def cycle(self) -> TickReport:
-        """A tick in which the cycle is due now; slow and rare probes keep their own pace."""
+        """A tick in which the cycle is due now; slow probes keep their own pace."""
         self._cycle_due_mono_s = self._clock.mono_s()
         self._rhythm.hasten(("live", "cycle"))
         return await self.tick()

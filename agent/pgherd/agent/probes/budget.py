@@ -19,8 +19,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-# Tables and indexes, pg_stat_statements, sizes, what hardly changes, the 10 Hz activity sampler, counters and activity, positions.
-SHED_ORDER: Final = ("tables", "statements", "rare", "slow", "latency", "cycle", "live")
+# The walk over all databases, pg_stat_statements, what hardly changes, the 10 Hz activity sampler, counters, positions.
+SHED_ORDER: Final = ("tables", "statements", "slow", "latency", "cycle", "live")
 HOLD_S: Final = 60.0
 HOLD_MAX_S: Final = 900.0
 RESTORE_SHARE: Final = 0.8

@@ -17,8 +17,8 @@ from pgherd.proto.samples import Metric, MetricKind
 OLDEST_MAJOR = 13  # best effort below 15; 15, 17 and 18 are tested
 TESTED_MAJORS = (15, 17, 18)
 
-Tier = Literal["live", "cycle", "slow", "rare"]
-TIERS: tuple[Tier, ...] = ("live", "cycle", "slow", "rare")
+Tier = Literal["live", "cycle", "slow"]
+TIERS: tuple[Tier, ...] = ("live", "cycle", "slow")
 Shape = Literal["columns", "settings"]
 
 
