@@ -159,6 +159,7 @@ class NodeSampler:
         self._rhythm = Rhythm(intervals_s)
         others_s = {"tables": max(sampling.rare_interval, slow_s), "statements": slow_s, "latency": _LATENCY_INTERVAL_S}
         self.budget = Budget(sampling.server_share_max, {**intervals_s, **others_s})
+        self._another_server = False  # than the one whose series live
         self._cycle_due_mono_s = clock.mono_s()
         self._errors: dict[tuple[str, str], int] = {}
         self._skipped = 0
@@ -208,9 +209,11 @@ class NodeSampler:
                 tick.stated[_IDENTITY] = [version_sample(self.status.server_version_num)]
             await self._ask_host(tick)
         if condition != "up":
+            self._forget()
+        if condition != "up" or self._another_server:
+            self._another_server = False
             for source in self.emitter.about_server():
                 tick.stated.setdefault(source, [])
-            self._forget()
         if condition != self.status.condition:
             _log.info("node.condition_changed", node=self._node.alias, condition=condition, before=self.status.condition)
         role: Role = self.status.role if condition == "up" else "unknown"
@@ -249,6 +252,7 @@ class NodeSampler:
         version, identifier = int(row["version"]), str(row["system_identifier"] or "")
         if (version, identifier) != (self.status.server_version_num, self.status.system_identifier):
             self._forget()
+            self._another_server = True
         self.status = replace(self.status, server_version_num=version, system_identifier=identifier)
 
     async def _round(self, tick: _Tick, *, retry: bool) -> bool | None:
@@ -337,13 +341,13 @@ class NodeSampler:
             return
         endpoint = self.connection.endpoint
         tick.stated[_PLACES] = []
-        try:
-            rows = await self.connection.fetch(PLACES_SQL)
-        except PgherdError as error:
-            self._failed(tick, _PLACES, error)
+        (answer,) = await self.connection.fetch_many([Question(PLACES_SQL)])
+        self._pay(["slow"], [answer])
+        if answer.error is not None:
+            self._failed(tick, _PLACES, answer.error)
             return
         if endpoint is not None:
-            self._local.locate(rows, endpoint.host, endpoint.hostaddr)
+            self._local.locate(answer.rows, endpoint.host, endpoint.hostaddr)
         self._located_mono_s = self._clock.mono_s()
 
     async def _ask_host(self, tick: _Tick) -> None:

@@ -151,7 +151,7 @@ class LatencySampler:
         if answer.error is not None:
             self._tracker.miss()
             return
-        self._budget.spent(TIER, answer.duration_s, self._clock.mono_s())
+        self._budget.spent(TIER, answer.cost_s, self._clock.mono_s())
         self.looks += 1
         self._own_looks += 1
         self._own_active_s += answer.duration_s
