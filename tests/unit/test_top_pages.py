@@ -101,6 +101,16 @@ def test_what_is_worse_than_good_has_a_shape_and_a_word(answers: dict[str, Any],
     assert word in line["state"].text
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "shown", "grade"),
+    [(0.006, 0.015, "<15ms", Grade.GOOD), (1.1, 4.0, "▲>1.1s", Grade.WARNING), (0.5, 2.0, "?", Grade.UNKNOWN)],
+)
+def test_an_interval_decides_where_there_is_no_number(low: float, high: float, shown: str, grade: Grade) -> None:
+    answers = {key: value for key, value in HEALTHY.items() if key != "p99"} | rows(p99_low=low, p99_high=high)
+    cell = fleet_row(node(), facts(answers=answers))["p99"]
+    assert (cell.shown, cell.grade, cell.value) == (shown, grade, None)
+
+
 def test_a_standby_whose_lag_nobody_knows_is_not_ok() -> None:
     line = fleet_row(node(role="standby"), facts(answers=HEALTHY))
     assert line["lag"].grade is Grade.UNKNOWN

@@ -71,7 +71,9 @@ def fleet_row(node: Mapping[str, Any], facts: Facts) -> dict[str, Cell]:
     cells = {
         "disk": _disk(first(facts.of("disk", node))),
         "connections": connections_used(node, facts),
-        "p99": latency(first(facts.of("p99", node))),
+        "p99": latency(
+            first(facts.of("p99", node)), first(facts.of("p99_low", node)), first(facts.of("p99_high", node)), P99_WARNING_S
+        ),
         "lag": lag(node, first(facts.of("lag", node))),
         "transactions": plain(_sum(facts, node, "commits", "rollbacks"), rate(_sum(facts, node, "commits", "rollbacks"))),
         "backup": backup_age(node, facts),
@@ -115,8 +117,15 @@ def connections_used(node: Mapping[str, Any], facts: Facts) -> Cell:
     return judged(used / usable, percent(used / usable), warning=CONNECTIONS_WARNING, critical=CONNECTIONS_CRITICAL)
 
 
-def latency(seconds: float | None) -> Cell:
-    return judged(seconds, duration(seconds), warning=P99_WARNING_S)
+def latency(seconds: float | None, low_s: float | None, high_s: float | None, warning_s: float) -> Cell:
+    """A quantile; where the window gives no number but an interval, the end that decides: "<15ms", ">1.2s"."""
+    if seconds is not None:
+        return judged(seconds, duration(seconds), warning=warning_s)
+    if high_s is not None and high_s <= warning_s:
+        return Cell(f"<{duration(high_s)}", None, Grade.GOOD)
+    if low_s is not None and low_s > warning_s:
+        return Cell(f">{duration(low_s)}", None, Grade.WARNING)
+    return UNKNOWN
 
 
 def lag(node: Mapping[str, Any], seconds: float | None) -> Cell:

@@ -23,6 +23,9 @@ from pgherd.cli.top.fleet import (
     lag,
     summary,
 )
+from pgherd.cli.top.fleet import (
+    latency as quantile_cell,
+)
 from pgherd.cli.top.page import (
     NONE,
     UNKNOWN,
@@ -175,13 +178,13 @@ def latency(node: Node, facts: Facts) -> Section:
     for quantile, name in (("0.5", "P50"), ("0.95", "P95"), ("0.99", "P99")):
         row = found.get(quantile)
         ends = (low.get(quantile), high.get(quantile))
-        limit = P99_WARNING_S if quantile == "0.99" else math.inf
+        limit_s = P99_WARNING_S if quantile == "0.99" else math.inf
         rows.append(
             {
                 "quantile": Cell(name, float(quantile)),
-                "seconds": judged(row.value, duration(row.value), warning=limit) if row else UNKNOWN,
+                "seconds": quantile_cell(row.value if row else None, *ends, limit_s),
                 "interval": Cell(f"{duration(ends[0])}–{duration(ends[1])}", list(ends)) if None not in ends else UNKNOWN,
-                "estimator": Cell(row.labels.get("estimator", "") if row else "insufficient data"),
+                "estimator": Cell(row.labels.get("estimator", "") if row else "no number: too wide"),
             }
         )
     statements, over = (
@@ -328,7 +331,7 @@ def long_running(node: Node, facts: Facts) -> Section:
         limit = _LONG_WARNING_S["idle in transaction" if state.startswith("idle in") else "query"]
         rows.append(
             {
-                "pid": Cell(row.labels.get("pid", "?")),
+                "pid": _pid(row, "pid"),
                 "age": judged(row.value, duration(row.value), warning=limit),
                 "state": Cell(state, state),
                 "wait": Cell(row.labels.get("wait_event") or row.labels.get("wait_event_type", "")),
@@ -348,17 +351,21 @@ def blocking(node: Node, facts: Facts) -> Section:
     """Who waits for whom."""
     columns = (
         Column("blocker", "BLOCKER", right=True, width=8), Column("blocked", "BLOCKED", right=True, width=8),
-        Column("waited", "WAITED", right=True, width=7), Column("mode", "LOCK"),
+        Column("waited", "WAITED", right=True, width=7), Column("datname", "DATABASE", width=12),
+        Column("blocker_state", "BLOCKER IS", width=20), Column("blocked_query", "WAITING STATEMENT"),
     )  # fmt: skip
     rows = []
     for row in sorted(facts.of("blocking", node), key=lambda row: -row.value):
-        rest = {name: value for name, value in row.labels.items() if name not in _SHOWN_OF_BLOCKING}
+        root = row.labels.get("blocker_waits") == "false"
+        state = row.labels.get("blocker_state", "")
         rows.append(
             {
-                "blocker": Cell(row.labels.get("blocker_pid", "?")),
-                "blocked": Cell(row.labels.get("blocked_pid", "?")),
+                "blocker": _pid(row, "blocker_pid"),
+                "blocked": _pid(row, "blocked_pid"),
                 "waited": judged(row.value, duration(row.value), warning=_BLOCKED_WARNING_S),
-                "mode": Cell(", ".join(value for value in rest.values() if value), rest),
+                "datname": Cell(row.labels.get("datname", "")),
+                "blocker_state": Cell(f"{state}, the root" if root else f"{state}, waits too", {"state": state, "root": root}),
+                "blocked_query": Cell(_one_line(row.labels.get("blocked_query", "")), row.labels.get("blocked_query")),
             }
         )
     waiters = first(facts.of("blocked", node))
@@ -366,9 +373,6 @@ def blocking(node: Node, facts: Facts) -> Section:
         "? not known" if waiters is None else "● nobody waits for a lock" if waiters == 0 else f"▲ {waiters:.0f} sessions wait"
     )
     return _section("blocking", "Who blocks", columns, rows, note, _reasons(facts, node, "block", "locks"))
-
-
-_SHOWN_OF_BLOCKING: Final = frozenset({"blocker_pid", "blocked_pid", "cluster", "node"})
 
 
 def backups(node: Node, facts: Facts) -> Section:
@@ -404,6 +408,11 @@ def backups(node: Node, facts: Facts) -> Section:
 
 
 _PROOFS: Final = {"content-equal": Grade.GOOD, "started and checked": Grade.GOOD, "read back": Grade.PLAIN}
+
+
+def _pid(row: Row, label: str) -> Cell:
+    text = row.labels.get(label, "")
+    return Cell(text, int(text)) if text.isdigit() else UNKNOWN
 
 
 def _by(rows: list[Row], label: str) -> dict[str, float]:

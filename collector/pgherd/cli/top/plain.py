@@ -35,7 +35,7 @@ def page_text(page: Page, width: int) -> Text:
 def _section(section: Section, width: int) -> Iterable[Text]:
     yield Text()
     title = Text(section.title.upper(), "bold")
-    if section.grade >= Grade.UNKNOWN:
+    if section.grade >= Grade.WARNING:  # what is unknown stands in its cell: much may be, for good reasons
         title.append(f"  {section.grade.shape} {section.grade.word}", STYLES[section.grade])
     yield title
     if section.rows:

@@ -40,6 +40,8 @@ FLEET: Final[Mapping[str, str]] = {
     "connections": "pgherd_connections_used{SEL}",
     "usable": "pgherd_connections_usable{SEL}",
     "p99": 'pgherd_statement_latency_seconds{SEL,quantile="0.99"}',
+    "p99_low": 'pgherd_statement_latency_ci_low_seconds{SEL,quantile="0.99"}',
+    "p99_high": 'pgherd_statement_latency_ci_high_seconds{SEL,quantile="0.99"}',
     "lag": "pgherd_replication_lag_seconds{SEL}",
     "commits": _per_second("pg_stat_database_xact_commit"),
     "rollbacks": _per_second("pg_stat_database_xact_rollback"),
