@@ -103,9 +103,6 @@ def test_what_is_slow_who_blocks_how_far_behind_when_is_it_full_is_the_backup_go
             return found
 
         try:
-            import time
-
-            t0 = time.time()
             slow = wait_until(
                 lambda: [row for row in rows("slow") if "generate_series" in str(row["query"]["query"])],
                 60,
