@@ -113,7 +113,7 @@ def logged(path: Path) -> list[tuple[float, float]]:
 
 
 def quantile_of(ordered: Sequence[float], share: float) -> float:
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else math.nan
 
 
 # ---- the baselines --------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ def cost(server: Server, connections: int, looks: int = 300) -> dict[str, Any]:
 
 
 def _error(value_ms: float | None, true_ms: float) -> str:
-    return "—" if value_ms is None else f"{(value_ms / true_ms - 1) * 100:+.0f}"
+    return "—" if value_ms is None or not true_ms > 0 else f"{(value_ms / true_ms - 1) * 100:+.0f}"
 
 
 def table(report: dict[str, Any]) -> str:

@@ -7,7 +7,8 @@ outage. The live tier goes last and not wholly: it falls back to the cycle's pac
 
 Never broken:
 - what is shed is a prefix of `SHED_ORDER`;
-- after two ticks of a tier at a price over the budget, it or everything before it is shed;
+- after two ticks of a tier (of the latency sampler: a second of them) at a price over the budget, it or everything before it
+  is shed;
 - a shed tier comes back no earlier than `HOLD_S` later, one at a time, while the rest is below `RESTORE_SHARE` of the
   budget; if that was too early the next wait is twice as long, up to `HOLD_MAX_S`.
 """
@@ -25,6 +26,7 @@ HOLD_S: Final = 60.0
 HOLD_MAX_S: Final = 900.0
 RESTORE_SHARE: Final = 0.8
 _MEDIAN_OF_S: Final = 3.0
+_SOON_S: Final = 1.0
 
 
 @dataclass(slots=True)
@@ -37,7 +39,13 @@ class _Account:
     restored_mono_s: float = field(default=float("-inf"))
 
     def price(self) -> float:
-        """Share of a core; the lower one of two, so that one dear tick alone isn't a price unless it is all we know."""
+        """Share of a core; the lower one of two, so that one dear tick alone isn't a price unless it is all we know.
+
+        A tier that ticks every second or faster has none in its first second: a new session fills its caches then, and
+        enough ticks are near. Taken for a price, the first one shed everything at the start.
+        """
+        if self.interval_s <= _SOON_S and len(self.costs_s) < max(2.0, _SOON_S / self.interval_s):
+            return 0.0
         ordered = sorted(self.costs_s)
         return ordered[(len(ordered) - 1) // 2] / self.interval_s if ordered else 0.0
 
