@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pgherd.alerts.notify import WebhookReceiver
+from pgherd.alerts.notify_http import webhook_receiver
 from pgherd.collector.alerting.evaluation import Evaluator
 from pgherd.collector.alerting.notifier import Notifier
 from pgherd.collector.alerting.outbox import OutboxSettings, OutboxWorker
@@ -43,7 +43,7 @@ async def main(directory: Path, url: str, grouping: dict[str, Any]) -> None:
 
     worker = OutboxWorker(
         store,
-        [WebhookReceiver("hook", url, timeout_s=5)],
+        [webhook_receiver("hook", url, timeout_s=5)],
         SystemClock(),
         OutboxSettings(backoff_min_s=0.05, backoff_max_s=0.2, poll_s=0.1),
     )

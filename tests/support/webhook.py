@@ -14,8 +14,9 @@ from typing import Any
 @dataclass(frozen=True)
 class Call:
     key: str
-    payload: dict[str, Any]
+    payload: Any
     status: int  # what we answered
+    path: str = ""
 
     @property
     def told(self) -> str:
@@ -33,16 +34,26 @@ class Webhook:
     def __init__(self, port: int = 0, answer: Callable[[dict[str, Any]], int] = lambda _payload: 200) -> None:
         self.calls: list[Call] = []
         self.answer = answer
+        self.headers: dict[str, str] = {}  # of every answer
+        self.got: Any = []  # what a GET answers
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 status = outer.answer(payload)
-                outer.calls.append(Call(self.headers["Idempotency-Key"], payload, status))
+                outer.calls.append(Call(self.headers["Idempotency-Key"], payload, status, self.path))
                 self.send_response(status)
-                self.send_header("Content-Length", "0")
+                for name, value in {**outer.headers, "Content-Length": "0"}.items():
+                    self.send_header(name, value)
                 self.end_headers()
+
+            def do_GET(self) -> None:
+                body = json.dumps(outer.got).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
 
             def log_message(self, *_arguments: object) -> None:
                 pass

@@ -14,7 +14,8 @@ from sqlalchemy import select, update
 
 from pgherd.alerts.model import fnv1a_64
 from pgherd.alerts.notification import Note, Notification, from_document, notification, to_document
-from pgherd.alerts.notify import DeliveryError, LogReceiver, WebhookReceiver
+from pgherd.alerts.notify import DeliveryError, LogReceiver
+from pgherd.alerts.notify_http import webhook_receiver
 from pgherd.collector.alerting import rows
 from pgherd.collector.alerting.outbox import OutboxSettings, OutboxWorker
 from pgherd.proto.errors import IntegrityError
@@ -63,7 +64,7 @@ def _deliver(store: ControlStore, hook: Webhook, until: Callable[[], bool], sett
     made: list[OutboxWorker] = []
 
     async def run() -> None:
-        receiver = WebhookReceiver("hook", hook.url, timeout_s=5, external_url="https://pgherd.example")
+        receiver = webhook_receiver("hook", hook.url, timeout_s=5, external_url="https://pgherd.example")
         worker = OutboxWorker(store, [receiver], SystemClock(), settings, random.Random(1))
         made.append(worker)
         task = asyncio.create_task(worker.run())
@@ -192,7 +193,7 @@ def test_each_receiver_has_its_own_line(store: ControlStore) -> None:
 
 def test_a_url_never_shows_in_an_error() -> None:
     async def attempt() -> str:
-        receiver = WebhookReceiver("hook", "http://127.0.0.1:1/secret-path", timeout_s=5)
+        receiver = webhook_receiver("hook", "http://127.0.0.1:1/secret-path", timeout_s=5)
         try:
             await receiver.deliver(_episode("High")[0])
         except DeliveryError as error:

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Protocol
 
-import httpx
-
-from pgherd.alerts.notification import Notification, rfc3339, webhook_payload
+from pgherd.alerts.notification import Notification, rfc3339
 from pgherd.proto.errors import TransientError
 from pgherd.runtime.logging import get_logger
 
 _log = get_logger(__name__)
-
-# Answers that speak of the receiver's health, not of this request.
-_RECEIVER_IS_ILL = frozenset((408, 425, 429))
 
 
 class DeliveryError(TransientError):
@@ -53,51 +47,6 @@ class Receiver(Protocol):
     async def close(self) -> None:
         """Release connections."""
         ...
-
-
-class WebhookReceiver:
-    """POSTs Alertmanager's webhook payload.
-
-    The header Idempotency-Key is the notification's id: at-least-once delivery may repeat a POST (its answer was
-    lost, or we were killed before noting it), and a receiver that remembers keys sees each fact once.
-    The URL may be a secret: it appears in no log and no error.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        url: str,
-        *,
-        timeout_s: float,
-        external_url: str = "",
-        transport: httpx.AsyncBaseTransport | None = None,
-    ) -> None:
-        self.name = name
-        self._url = url
-        self._timeout_s = timeout_s
-        self._external_url = external_url
-        # trust_env: a proxy from the environment is how many sites reach the outside; redirects would
-        # hand the payload to somewhere nobody configured.
-        self._client = httpx.AsyncClient(timeout=timeout_s, follow_redirects=False, transport=transport)
-
-    async def deliver(self, message: Notification) -> None:
-        payload = webhook_payload(message, receiver=self.name, external_url=self._external_url)
-        headers = {"Idempotency-Key": message.id, "User-Agent": "pgherd"}
-        try:
-            # httpx bounds each read; a receiver that drips its headers is bounded by the whole.
-            async with (
-                asyncio.timeout(self._timeout_s),
-                self._client.stream("POST", self._url, json=payload, headers=headers) as response,
-            ):
-                status = response.status_code  # the body is nobody's business, and may be endless
-        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
-            raise DeliveryError(self.name, type(error).__name__, receiver_ill=True) from None
-        if not 200 <= status < 300:
-            ill = status >= 500 or status in _RECEIVER_IS_ILL
-            raise DeliveryError(self.name, f"answered HTTP {status}", receiver_ill=ill, status=status)
-
-    async def close(self) -> None:
-        await self._client.aclose()
 
 
 class LogReceiver:

@@ -88,14 +88,29 @@ class QueryConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class MailConfig:
+    """The mail server of a receiver of kind smtp."""
+
+    host: str = ""
+    port: int = 587
+    security: Literal["starttls", "tls", "none"] = "starttls"
+    user: str = ""
+    password_file: Path | None = None
+    ca_file: Path | None = None  # besides the system's authorities
+    sender: str = ""
+    recipients: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ReceiverConfig:
-    """Where notifications go. Each has its own line in the outbox."""
+    """Where notifications go. Each has its own line in the outbox, except alertmanager, which is pushed the state itself."""
 
     name: str
-    kind: Literal["log", "webhook"]
+    kind: Literal["log", "webhook", "slack", "discord", "smtp", "apprise", "alertmanager"]
     url: str = ""
-    url_file: Path | None = None  # when the URL itself is a secret
+    url_file: Path | None = None  # when the URL itself is a secret, as with slack, discord and apprise
     timeout: Duration = 10.0
+    mail: MailConfig = field(default_factory=MailConfig)
 
 
 @dataclass(frozen=True, slots=True)

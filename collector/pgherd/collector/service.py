@@ -27,7 +27,7 @@ from pgherd.collector.alerting.notifier import Notifier
 from pgherd.collector.alerting.outbox import OutboxWorker
 from pgherd.collector.alerting.query import promql_query
 from pgherd.collector.alerting.recorded import RecordedSeries
-from pgherd.collector.alerting.setup import inhibitions_of, receivers_of, routing_of
+from pgherd.collector.alerting.setup import alertmanagers_of, inhibitions_of, receivers_of, routing_of
 from pgherd.collector.alerting.silencing import Silencer
 from pgherd.collector.api.alerts import alerts_router, prometheus_alerts_router
 from pgherd.collector.api.app import http_app
@@ -196,6 +196,7 @@ class Collector:
             clock=clock,
             posted=self.outbox.wake,
         )
+        self.alertmanagers = alertmanagers_of(config.alerts, self.evaluator.status, self.silencer, clock)
         self.heartbeats = HeartbeatSeries(
             control, self.herd, series.append, clock, interval_s=min(10.0, config.alerts.interval)
         )
@@ -203,6 +204,8 @@ class Collector:
 
     def _alerts_changed(self) -> None:
         self.notifier.wake()
+        for push in self.alertmanagers:
+            push.wake()
 
     def _owns(self, agent_id: str, node_id: str) -> bool:
         """Whether a node is this agent's: what hello claimed, live or as stored."""
@@ -225,7 +228,7 @@ class Collector:
                 token_lifetime_s=config.enrol.token_lifetime,
             ),
             alerts_router(self.evaluator, self.silencer, self._clock, require),
-            silences_router(self.silencer, require, self.notifier.wake),
+            silences_router(self.silencer, require, self._alerts_changed),
             prometheus_alerts_router(self.evaluator, require),
             prometheus,
         ]
@@ -331,6 +334,7 @@ class Collector:
                         ("evaluator", self.evaluator.run()),
                         ("notifier", self.notifier.run()),
                         ("outbox", self.outbox.run()),
+                        *((f"alertmanager {push.name}", push.run()) for push in self.alertmanagers),
                         ("heartbeats", self.heartbeats.run()),
                         ("replication lag", self.lag.run()),
                         ("certificate", self.certificate.keep_fresh()),
