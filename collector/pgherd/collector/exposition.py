@@ -9,7 +9,9 @@ from typing import Any
 import psutil
 
 from pgherd.alerts.gotemplate.gofmt import go_float
+from pgherd.collector.alerting.alertmanager import AlertmanagerPush
 from pgherd.collector.alerting.evaluation import Evaluator
+from pgherd.collector.alerting.notifier import Notifier
 from pgherd.collector.alerting.outbox import OutboxWorker
 from pgherd.collector.control.herd import Herd
 from pgherd.collector.forward.forwarder import Forwarder, ForwardStatus
@@ -57,6 +59,8 @@ def collector_families(
     gate: PeerGate,
     evaluator: Evaluator,
     outbox: OutboxWorker,
+    notifier: Notifier,
+    alertmanagers: Sequence[AlertmanagerPush],
     forwarder: Forwarder,
 ) -> Callable[[], list[Family]]:
     """A function that reads everything now. Call it from a thread: it asks the file system."""
@@ -117,13 +121,31 @@ def collector_families(
                 "pgherd_collector_notifications_total",
                 "Delivered.",
                 "receiver",
-                {n: c.delivered for n, c in outbox.counters.items()},
+                {
+                    **{n: c.delivered for n, c in outbox.counters.items()},
+                    **{push.name: push.counters.delivered for push in alertmanagers},
+                },
             ),
             _by(
                 "pgherd_collector_notifications_failed_total",
                 "Failed.",
                 "receiver",
-                {n: c.failed for n, c in outbox.counters.items()},
+                {
+                    **{n: c.failed for n, c in outbox.counters.items()},
+                    **{push.name: push.counters.failed for push in alertmanagers},
+                },
+            ),
+            single(
+                "pgherd_collector_notifications_given_up_total",
+                "counter",
+                "Dropped because a receiver's outbox was full.",
+                notifier.counters.letters_given_up,
+            ),
+            single(
+                "pgherd_collector_notifier_failures_total",
+                "counter",
+                "Turns in which nothing could be decided or kept.",
+                notifier.counters.turns_failed,
             ),
             *forward_families(forwarder.status()),
             single("process_resident_memory_bytes", "gauge", "Resident memory.", memory.rss),

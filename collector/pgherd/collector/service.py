@@ -240,7 +240,15 @@ class Collector:
         config = self._config.http
         authenticator = Authenticator(self.stores.control, self._clock, frozenset(config.socket_uids), config.anonymous_read)
         families = collector_families(
-            self.stores.series, self.ingest, self.herd, self.gate, self.evaluator, self.outbox, self.stores.forwarder
+            self.stores.series,
+            self.ingest,
+            self.herd,
+            self.gate,
+            self.evaluator,
+            self.outbox,
+            self.notifier,
+            self.alertmanagers,
+            self.stores.forwarder,
         )
         app = http_app(
             authenticator, self._routers(), ready=self._ready, families=families, shipments=self.stores.series.shipments
