@@ -107,7 +107,7 @@ def main() -> None:
     directory, sequence, mode = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     writer = WRITER if mode != "full" else replace(WRITER, checkpoint_interval_s=3600.0)
     store = SeriesStore.open(directory / "series.duckdb", SeriesSettings(writer=writer), SystemClock())
-    say(opened=True, set_aside=store.gauges().logs_set_aside)
+    say(opened=True, set_aside=store.gauges().set_aside)
     if mode == "run":
         run_until_killed(store, sequence, int(sys.argv[4]))
     fill_the_disk(store, directory, checkpoints=mode == "full-die")

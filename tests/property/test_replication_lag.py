@@ -207,6 +207,43 @@ def test_an_idle_primary_means_zero_for_hours() -> None:
         assert cluster.judge("s", at(second + 2)) == Known(at(second + 2), 0.0, 0)
 
 
+def test_what_a_primary_at_rest_writes_is_no_lag_but_a_commit_behind_it_is() -> None:
+    """The link is cut; checkpoints go on, then somebody commits."""
+
+    def at_rest(second: float, lsn: int, finished: int) -> Observation:
+        return Observation("p", at(second), is_replica=False, timeline=1, written=lsn, finished=finished)
+
+    cluster = fed(*(at_rest(second, 1000, 7) for second in range(5)))
+    for second in range(5, 100):
+        cluster.observe(at_rest(second, 1000 + 10 * second, 7))
+        cluster.observe(standby(second, 1000))
+        assert cluster.judge("s", at(second)) == Known(at(second), 0.0, 10 * second)
+    for second in range(100, 120):
+        cluster.observe(at_rest(second, 2500 + second, 8))
+        cluster.observe(standby(second, 1000))
+    verdict = cluster.judge("s", at(119))
+    assert isinstance(verdict, Known)
+    assert verdict.seconds == 19.5
+    cluster.observe(at_rest(120, 2700, 8))
+    cluster.observe(standby(120, 2601))  # the commit, and what was flushed within a second of it
+    assert cluster.judge("s", at(120)) == Known(at(120), 0.0, 99)
+
+
+def test_an_asynchronous_commit_is_in_the_wal_that_is_flushed_after_it() -> None:
+    """It has finished before it is flushed: the position of that moment doesn't hold it."""
+
+    def ticked(second: float, lsn: int, finished: int) -> Observation:
+        return Observation("p", at(second), is_replica=False, timeline=1, written=lsn, finished=finished)
+
+    cluster = fed(ticked(0, 1000, 7), ticked(1, 1050, 8), ticked(2, 1200, 8), ticked(3, 1200, 8))
+    for second in range(4, 9):
+        cluster.observe(ticked(second, 1200, 8))
+        cluster.observe(standby(second, 1050))
+    verdict = cluster.judge("s", at(8))
+    assert isinstance(verdict, Known)
+    assert verdict.seconds > 4
+
+
 def test_a_silent_primary_is_unknown_and_says_what_is_proven() -> None:
     caught_up = fed(primary(0, 100), primary(1, 200), standby(1, 200))
     assert caught_up.judge("s", at(1)) == Known(at(1), 0.0, 0)

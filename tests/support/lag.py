@@ -400,6 +400,8 @@ def all_phases(seen: Watch, link: Link, scale: float = 1.0) -> None:
     wait_until(caught_up, 30, "catching up")
     seen.during("settling", 2)
     link.cut()
+    seen.during("link cut, idle", 2 * scale)
+    servers["primary"].execute("CHECKPOINT")  # WAL that no transaction stands behind
     seen.during("link cut, idle", 4 * scale)
     link.mend()
     wait_until(lambda: _streams(servers["standby"]), 20, "streaming again")

@@ -68,7 +68,7 @@ def harness(tmp_path: Path) -> Harness:
 
 def test_health_and_readiness_need_no_token(harness: Harness) -> None:
     assert harness.call("GET", "/healthz").status_code == 200
-    assert harness.call("GET", "/readyz").json() == {"ready": True, "parts": {"series store": True}}
+    assert harness.call("GET", "/readyz").json() == {"ready": True, "parts": {"series store": True}, "notes": []}
     harness.ready["series store"] = False
     assert harness.call("GET", "/readyz").status_code == 503
 

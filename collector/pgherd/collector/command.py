@@ -67,16 +67,19 @@ _json = click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
 
 
 @collector.command()
+@click.option(
+    "--new-control-store", is_flag=True, help="Begin with an empty control store if a herd's was lost: agents join again."
+)
 @_json
 @click.pass_obj
-def init(context: CollectorContext, as_json: bool) -> None:
+def init(context: CollectorContext, new_control_store: bool, as_json: bool) -> None:
     """Make the state directory, the herd's CA and the control store; safe to repeat."""
 
     def body() -> None:
         from pgherd.collector.setup import initialise
 
         config = context.loaded.value
-        ca, made = initialise(config, SystemClock())
+        ca, made = initialise(config, SystemClock(), new_control_store=new_control_store)
         if as_json or context.json:
             emit_json(
                 {

@@ -97,8 +97,15 @@ def collector_families(
             single("pgherd_collector_store_bytes", "gauge", "Size of the series file.", gauges.file_bytes),
             single("pgherd_collector_store_wal_bytes", "gauge", "Size of the series file's log.", gauges.wal_bytes),
             single("pgherd_collector_store_writable", "gauge", "1 while the writer works.", gauges.is_writable),
-            single(
-                "pgherd_collector_store_logs_set_aside", "gauge", "Damaged logs waiting beside the file.", gauges.logs_set_aside
+            _by(
+                "pgherd_store_quarantined",
+                "Files of a store that were set aside and wait for somebody.",
+                "store",
+                {"series": gauges.set_aside},
+                kind="gauge",
+            ),
+            _by(
+                "pgherd_store_damaged", "1 while a part can't be read.", "store", {"series": bool(gauges.damage)}, kind="gauge"
             ),
             single("pgherd_collector_agents_connected", "gauge", "Agents heard lately.", herd.connected),
             single("pgherd_collector_live_calls", "gauge", "RPCs being served.", gate.live_calls),
@@ -180,5 +187,5 @@ def forward_families(status: Sequence[ForwardStatus]) -> list[Family]:
     ]
 
 
-def _by(name: str, help_text: str, label: str, values: Mapping[Any, float]) -> Family:
-    return Family(name, "counter", help_text, {((label, str(key)),): float(value) for key, value in values.items()})
+def _by(name: str, help_text: str, label: str, values: Mapping[Any, float], *, kind: str = "counter") -> Family:
+    return Family(name, kind, help_text, {((label, str(key)),): float(value) for key, value in values.items()})

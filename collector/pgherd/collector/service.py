@@ -111,7 +111,7 @@ def _stores(config: CollectorConfig, clock: Clock) -> Iterator[_Stores]:
     layout = Layout(config.state_directory)
     private_directory(layout.root)  # whoever can write there can replace the CA
     with exclusive_lock(layout.lock, f"the collector's state directory {layout.root}"), contextlib.ExitStack() as stack:
-        control = ControlStore.open(layout.control)
+        control = ControlStore.open(layout.control, create=False)
         stack.callback(control.close)
         settings = SeriesSettings(
             database=DatabaseSettings(memory_limit_bytes=config.series.memory_limit, threads=config.series.threads),
@@ -251,7 +251,12 @@ class Collector:
             self.stores.forwarder,
         )
         app = http_app(
-            authenticator, self._routers(), ready=self._ready, families=families, shipments=self.stores.series.shipments
+            authenticator,
+            self._routers(),
+            ready=self._ready,
+            notes=self.stores.series.notes,
+            families=families,
+            shipments=self.stores.series.shipments,
         )
 
         class Protocol(PeerCredentialProtocol):

@@ -44,14 +44,21 @@ class Layout:
         return self.root / "lock"
 
 
-def initialise(config: CollectorConfig, clock: Clock) -> tuple[CertificateAuthority, bool]:
-    """The herd's CA and whether it was made now. Raises ConfigError, TransientError disk.*, IntegrityError."""
+def initialise(config: CollectorConfig, clock: Clock, *, new_control_store: bool = False) -> tuple[CertificateAuthority, bool]:
+    """The herd's CA and whether it was made now.
+
+    A herd that has a CA had a control store: an empty one is made only on request. Raises ConfigError, PreconditionError
+    store.missing, TransientError disk.*, IntegrityError.
+    """
     layout = Layout(private_directory(config.state_directory))
     private_directory(layout.ca)
-    ControlStore.open(layout.control).close()
     try:
-        return CertificateAuthority.load(layout.ca), False
+        ca: CertificateAuthority | None = CertificateAuthority.load(layout.ca)
     except PreconditionError as error:
         if error.code != "ca.missing":
             raise
-        return CertificateAuthority.create(layout.ca, clock.wall_unix_ns()), True
+        ca = None
+    ControlStore.open(layout.control, create=ca is None or new_control_store).close()
+    if ca is not None:
+        return ca, False
+    return CertificateAuthority.create(layout.ca, clock.wall_unix_ns()), True

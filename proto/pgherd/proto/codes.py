@@ -109,6 +109,15 @@ _code("disk.full", Kind.TRANSIENT, "The file system has no room left for the wri
 _code("disk.io", Kind.TRANSIENT, "The operating system refused a read or write.")
 _code("format.newer", Kind.INTEGRITY, "A file or store was written by a newer pgherd; this version refuses to touch it.")
 _code("format.corrupt", Kind.INTEGRITY, "A file's content doesn't match its own checksum or structure.")
+_code(
+    "store.missing", Kind.PRECONDITION, "A store that was made once isn't where it should be; an empty one would hide the loss."
+)
+_code(
+    "store.damaged",
+    Kind.INTEGRITY,
+    "A part of the series file is damaged, so this answer would lack samples; other series and times are served.",
+    http=503,
+)
 _code("state.locked", Kind.PRECONDITION, "Another process holds the lock of this state directory or resource.")
 _code("invariant.broken", Kind.INVARIANT, "An internal assumption of pgherd doesn't hold; please report it with the log line.")
 

@@ -77,8 +77,9 @@ def http_app(
     ready: Callable[[], dict[str, bool]],
     families: Callable[[], list[Family]],
     shipments: Callable[[], list[ShipmentState]],
+    notes: Callable[[], list[str]] = list,
 ) -> FastAPI:
-    """The application. `ready` names each part that must work and whether it does."""
+    """The application. `ready` names each part that must work and whether it does, `notes` what somebody should look at."""
     app = FastAPI(title="pgherd collector", docs_url=None, redoc_url=None, openapi_url=None)
     app.state.authenticator = authenticator
     install_problem_handler(app)
@@ -93,8 +94,9 @@ def http_app(
 
     @app.get("/readyz", include_in_schema=False)
     async def readyz() -> Response:
-        parts = await asyncio.to_thread(ready)
-        return JSONResponse({"ready": all(parts.values()), "parts": parts}, status_code=200 if all(parts.values()) else 503)
+        parts, noted = await asyncio.to_thread(lambda: (ready(), notes()))
+        body = {"ready": all(parts.values()), "parts": parts, "notes": noted}
+        return JSONResponse(body, status_code=200 if all(parts.values()) else 503)
 
     @app.get("/api/v1/openapi.json", include_in_schema=False)
     async def schema(_actor: Viewer) -> dict[str, Any]:

@@ -4,6 +4,10 @@ The primary of a cluster is sampled every second. Its positions are kept as step
 `last_ms`, as far as anybody looked. A position between two steps was passed somewhere between them, so every answer is a
 bracket, and its half width is the error.
 
+A primary at rest still writes: checkpoints, snapshots for standbys, vacuum's traces. While no transaction finishes there is
+nothing to be seen elsewhere, so such WAL doesn't end a step; it moves the step's `high`. What finished is read before what was
+flushed, but an asynchronous commit may be flushed a moment later: a step's `lsn` settles for SETTLE_MS.
+
 Never broken:
 - steps ascend strictly, in time and in position; a sample that contradicts this is told, not kept;
 - what is added late, twice or in any order gives the same map (until thinning made it coarser);
@@ -24,6 +28,7 @@ SHARE = 0.02
 FINE_MAX_MS = 2 * 3600_000  # full resolution is kept for delays up to this: one step a second
 KEPT_MS = 7 * 86400_000
 STEPS_MAX = 12_000
+SETTLE_MS = 1500  # three wal_writer_delays at the default, 600 ms, and the next sample
 _THIN_EVERY = 256  # additions between two thinnings
 
 
@@ -38,11 +43,13 @@ class Added(Enum):
 
 @dataclass(slots=True)
 class Step:
-    """The primary stood at `lsn` from `first_ms` to `last_ms`."""
+    """From `first_ms` to `last_ms` nothing finished that isn't in the WAL up to `lsn`; written was up to `high` in the end."""
 
     lsn: int
     first_ms: int
     last_ms: int
+    high: int
+    finished: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,32 +85,34 @@ class WalHistory:
         """The latest step."""
         return self._steps[-1] if self._steps else None
 
-    def add(self, at_ms: int, lsn: int) -> Added:
-        """Take in that the primary stood at `lsn` at `at_ms`."""
+    def add(self, at_ms: int, lsn: int, finished: int | None = None) -> Added:
+        """Take in that the primary stood at `lsn` at `at_ms`, when `finished` transactions had ended (None: not told)."""
         at = bisect_right(self._steps, at_ms, key=_first_ms)  # the steps before `at` began by then
         before = self._steps[at - 1] if at else None
         behind = self._steps[at] if at < len(self._steps) else None
         if before is not None and before.last_ms >= at_ms:
-            return Added.KNOWN if lsn == before.lsn else Added.CONTRADICTS
-        if before is not None and lsn < before.lsn:
+            return Added.KNOWN if before.lsn <= lsn <= before.high else Added.CONTRADICTS
+        if before is not None and lsn < before.high:
             return Added.CONTRADICTS if behind is not None else Added.WENT_BACK
         if behind is not None and lsn > behind.lsn:
             return Added.CONTRADICTS
-        if before is not None and lsn == before.lsn:
-            before.last_ms = at_ms
-        elif behind is not None and lsn == behind.lsn:
+        if before is not None and (lsn == before.high or (finished is not None and finished == before.finished)):
+            before.last_ms, before.high = at_ms, lsn
+            if at_ms - before.first_ms <= SETTLE_MS:
+                before.lsn = lsn
+        elif behind is not None and (lsn == behind.lsn or (finished is not None and finished == behind.finished)):
             behind.first_ms = at_ms
         else:
-            self._steps.insert(at, Step(lsn, at_ms, at_ms))
+            self._steps.insert(at, Step(lsn, at_ms, at_ms, lsn, finished))
             self._since_thinned += 1
             if self._since_thinned >= _THIN_EVERY:
                 self._thin()
         return Added.KEPT
 
-    def written_at(self, at_ms: int) -> int | None:
-        """What the primary is known to have written by `at_ms`; None: nothing was seen of it by then."""
+    def standing_at(self, at_ms: int) -> Step | None:
+        """The step at `at_ms`, or the last before it; None: nothing was seen of the primary by then."""
         at = bisect_right(self._steps, at_ms, key=_first_ms)
-        return self._steps[at - 1].lsn if at else None
+        return self._steps[at - 1] if at else None
 
     def passed(self, lsn: int) -> Bracket | None:
         """When the primary went beyond `lsn`; None: it isn't known to have."""

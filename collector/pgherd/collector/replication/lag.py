@@ -1,7 +1,8 @@
 """How far behind the standbys of one cluster are, and when that can't be known. Pure.
 
 A standby that has replayed up to R at time t is behind if the primary had written more than R by t minus the standby's
-recovery_min_apply_delay; it is behind by that moment minus the time at which the primary went beyond R. No question is put to
+recovery_min_apply_delay; it is behind by that moment minus the time at which the primary went beyond R. WAL that no finished
+transaction stands behind (a checkpoint's, say) counts in bytes, not in seconds: no reader misses anything. No question is put to
 the standby that it answers wrongly while its link is cut, and a cascade is measured against the primary, not against its hop.
 
 Never broken:
@@ -55,13 +56,17 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """One tick of one node. Positions in bytes; None: not told. A primary has `written`, a standby `replayed`."""
+    """One tick of one node. Positions in bytes; None: not told. A primary has `written` and `finished`, a standby `replayed`.
+
+    `finished` counts the transactions that wrote and ended, and was read before `written`.
+    """
 
     node: Name
     at_ms: int
     is_replica: bool
     timeline: int | None = None
     written: int | None = None
+    finished: int | None = None
     replayed: int | None = None
     delay_s: float = 0.0
     streaming: bool | None = None
@@ -148,7 +153,7 @@ class ClusterLag:
         """A tick of the past: only what it says of the primary's positions is used."""
         writer = self._nodes.get(seen.node) if seen.node == self._writer else None
         if writer is not None and not seen.is_replica and seen.written is not None and seen.at_ms >= writer.since_ms:
-            self._history.add(seen.at_ms, seen.written)
+            self._history.add(seen.at_ms, seen.written, seen.finished)
 
     def _observe_primary(self, seen: Observation) -> None:
         if seen.node != self._writer:
@@ -158,10 +163,10 @@ class ClusterLag:
         elif seen.timeline is not None and self._timeline is not None and seen.timeline != self._timeline:
             self._begin(seen.node)
         self._timeline = seen.timeline if seen.timeline is not None else self._timeline
-        if seen.written is not None and self._history.add(seen.at_ms, seen.written) is Added.WENT_BACK:
+        if seen.written is not None and self._history.add(seen.at_ms, seen.written, seen.finished) is Added.WENT_BACK:
             self._begin(seen.node)
             self._timeline = seen.timeline
-            self._history.add(seen.at_ms, seen.written)
+            self._history.add(seen.at_ms, seen.written, seen.finished)
 
     def _begin(self, writer: Name) -> None:
         """Another past begins here: positions of the former don't say when this one wrote them."""
@@ -227,7 +232,7 @@ class ClusterLag:
         if not self._writes(self._nodes[self._writer], now_ms - SILENT_MS):
             return Unknown(Reason.PRIMARY_SILENT, self._at_least_s(node.latest))
         reached = [seen for seen in node.pending if self._reaches(seen, node.judged_ms) and seen.replayed is not None]
-        explained = [seen for seen in reached if (seen.replayed or 0) <= newest.lsn]
+        explained = [seen for seen in reached if (seen.replayed or 0) <= newest.high]
         if explained:
             verdict = self._measure(explained[-1])
             node.judged_ms = explained[-1].at_ms
@@ -244,17 +249,16 @@ class ClusterLag:
     def _measure(self, seen: Observation) -> Known | Unknown:
         assert seen.replayed is not None
         due_ms = seen.at_ms - int(seen.delay_s * 1000)
-        due_lsn, first = self._history.written_at(due_ms), self._history.first
-        written_lsn = self._history.written_at(seen.at_ms)
+        due, first, here = self._history.standing_at(due_ms), self._history.first, self._history.standing_at(seen.at_ms)
         assert first is not None  # the sample is within the history
-        assert written_lsn is not None
-        if due_lsn is None and seen.replayed < first.lsn:
+        assert here is not None
+        if due is None and seen.replayed < first.lsn:
             return Unknown(Reason.BEFORE_HISTORY)
-        wal_bytes = max(0, written_lsn - seen.replayed)
+        wal_bytes = max(0, here.high - seen.replayed)
         passed = self._history.passed(seen.replayed)
-        if passed is None or due_ms < (passed.after_ms or 0) or due_lsn is None:
+        if due is None or passed is None or due_ms < (passed.after_ms or 0):
             return Known(seen.at_ms, 0.0, wal_bytes)
-        if seen.replayed >= due_lsn:
+        if seen.replayed >= due.lsn:
             # What it lacks was written after the primary's last sample before that moment: behind by no more than that.
             is_seen = passed.after_ms is not None and due_ms - passed.after_ms <= WIDTH_MAX_MS
             return Known(seen.at_ms, 0.0, wal_bytes) if is_seen else Unknown(Reason.HISTORY_GAP)

@@ -54,12 +54,13 @@ _METRICS = (LAG_SECONDS, LAG_BYTES, LAG_UNKNOWN, LAG_AT_LEAST, BROKEN, PRIMARIES
 
 # What one tick of the live tier says of a node.
 _POSITION = "pgherd_wal_position_bytes"
+_FINISHED = "pgherd_transactions_finished"
 _IS_REPLICA = "pg_replication_is_replica"
 _TIMELINE = "pgherd_timeline"
 _STREAMING = "pgherd_wal_receiver_streaming"
 _HEARD_AGE = "pgherd_wal_receiver_heard_age_seconds"
 _DELAY = "pgherd_recovery_min_apply_delay_seconds"
-_TICK = (_POSITION, _IS_REPLICA, _TIMELINE, _STREAMING, _HEARD_AGE, _DELAY)
+_TICK = (_POSITION, _FINISHED, _IS_REPLICA, _TIMELINE, _STREAMING, _HEARD_AGE, _DELAY)
 _RECEIVER_TIMEOUT = "pg_settings_wal_receiver_timeout_seconds"
 
 SKEW_MAX_S = 60.0  # beyond it an agent's samples aren't used: every read would have to look that far back
@@ -277,9 +278,15 @@ class LagSeries:
             if not math.isnan(timeout_s):
                 self._deaf_after_s[_node_labels(window.labels)] = timeout_s / 2 + 5 if timeout_s > 0 else math.inf
 
-    def _written(self, start_ms: int, end_ms: int, *more: Matcher) -> list[Window]:
-        """What primaries said of their positions."""
-        return self._series.select([_named(_POSITION), Matcher("position", MatchOp.EQUAL, "flush"), *more], start_ms, end_ms)
+    def _written(self, start_ms: int, end_ms: int, *more: Matcher) -> list[tuple[Labels, Window, dict[int, float]]]:
+        """What primaries said: node, positions, and transactions finished by time."""
+        finished = {
+            _node_labels(window.labels): dict(zip(window.times_ms.tolist(), window.values.tolist(), strict=True))
+            for window in self._series.select([_named(_FINISHED), *more], start_ms, end_ms)
+        }
+        positions = [_named(_POSITION), Matcher("position", MatchOp.EQUAL, "flush"), *more]
+        windows = [(_node_labels(window.labels), window) for window in self._series.select(positions, start_ms, end_ms)]
+        return [(node, window, finished.get(node, {})) for node, window in windows]
 
     def _fill_holes(self, herd: Mapping[Labels, Member]) -> None:
         due = [hole for hole in self._holes if hole.due_mono_s <= self._clock.mono_s()]
@@ -290,8 +297,8 @@ class LagSeries:
                 continue
             only = [Matcher(name, MatchOp.EQUAL, value) for name, value in hole.node]
             start_ms = max(hole.start_ms, hole.end_ms - int(_REBUILD_S * 1000))
-            for window in self._written(start_ms, hole.end_ms, *only):
-                for observation in _primary_observations(member, window):
+            for _, window, finished in self._written(start_ms, hole.end_ms, *only):
+                for observation in _primary_observations(member, window, finished):
                     self._clusters[member.cluster].backfill(observation)
 
     def _rebuild(self, herd: Mapping[Labels, Member], now_ms: int) -> None:
@@ -305,11 +312,11 @@ class LagSeries:
         while start_ms < end_ms:
             until_ms = min(start_ms + int(_REBUILD_CHUNK_S * 1000), end_ms)
             seen: list[Observation] = []
-            for window in self._written(start_ms, until_ms - 1):
-                member = herd.get(_node_labels(window.labels))
+            for node, window, finished in self._written(start_ms, until_ms - 1):
+                member = herd.get(node)
                 if member is not None and _is_usable(member):
                     age_ms = max(0.0, now_ms - until_ms - delays_ms[member.cluster])
-                    seen += _primary_observations(member, window, apart_ms=int(SHARE / 2 * age_ms))
+                    seen += _primary_observations(member, window, finished, apart_ms=int(SHARE / 2 * age_ms))
             for observation in sorted(seen, key=lambda one: one.at_ms):
                 self._clusters[herd[cast("Labels", observation.node)].cluster].observe(observation)
             start_ms = until_ms
@@ -414,6 +421,7 @@ def _observation(node: Labels, at_ms: int, tick: Mapping[str, float]) -> Observa
         is_replica=told[_IS_REPLICA] != 0,
         timeline=whole(_TIMELINE),
         written=whole(_POSITION + "flush"),
+        finished=whole(_FINISHED),
         replayed=whole(_POSITION + "replay"),
         delay_s=told.get(_DELAY, 0.0),
         streaming=told[_STREAMING] != 0 if _STREAMING in told else None,
@@ -421,13 +429,22 @@ def _observation(node: Labels, at_ms: int, tick: Mapping[str, float]) -> Observa
     )
 
 
-def _primary_observations(member: Member, window: Window, apart_ms: int = 0) -> Iterator[Observation]:
+def _primary_observations(
+    member: Member, window: Window, finished: Mapping[int, float], apart_ms: int = 0
+) -> Iterator[Observation]:
     """What a primary's stored positions say; of samples less than `apart_ms` apart only one."""
     next_ms = -1
     for at_ms, value in zip(window.times_ms.tolist(), window.values.tolist(), strict=True):
         if at_ms >= next_ms and not math.isnan(value):
             next_ms = at_ms + apart_ms
-            yield Observation(member.labels, at_ms + member.skew_ms, is_replica=False, written=int(value))
+            ended = finished.get(at_ms, math.nan)
+            yield Observation(
+                node=member.labels,
+                at_ms=at_ms + member.skew_ms,
+                is_replica=False,
+                written=int(value),
+                finished=None if math.isnan(ended) else int(ended),
+            )
 
 
 def _is_usable(member: Member) -> bool:

@@ -16,8 +16,9 @@ from sqlalchemy import Connection, Engine, create_engine, event, inspect
 from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from pgherd.proto.errors import IntegrityError, TransientError
-from pgherd.runtime.durable import storage_error
+from pgherd.proto.errors import PreconditionError, TransientError
+from pgherd.runtime.durable import fsync_directory, storage_error
+from pgherd.storage.control.health import corrupt, require_healthy_content, require_healthy_files
 from pgherd.storage.control.schema import HEAD_REVISION
 
 _BUSY_TIMEOUT_S = 15.0
@@ -61,38 +62,28 @@ class ControlStore:
         self.path = path
 
     @classmethod
-    def open(cls, path: Path) -> ControlStore:
-        """Open or create the store and migrate it to this version's head.
+    def open(cls, path: Path, *, create: bool = True) -> ControlStore:
+        """Open the store and migrate it to this version's head; make it if it isn't there and `create` allows that.
 
-        Raises IntegrityError format.newer for a store that a newer pgherd wrote, format.corrupt for a
-        file that isn't a healthy SQLite database; the file is left as it was.
+        A store that is made appears whole or not at all. Raises PreconditionError store.missing, IntegrityError format.newer
+        for a store that a newer pgherd wrote, format.corrupt for a file that isn't a healthy store of ours; the file is left as
+        it was. TransientError disk.*.
         """
         try:
             if not path.exists():
-                path.touch(mode=0o600)
+                if not create:
+                    raise PreconditionError(
+                        "store.missing",
+                        f"{path} isn't there: it holds the herd's identities, revocations, commands and alert clocks",
+                        hint="restore your last copy of it; `pgherd collector init --new-control-store` begins with an empty one,"
+                        " to which every agent has to join again",
+                        path=str(path),
+                    )
+                _make(path)
+            require_healthy_files(path)
         except OSError as error:
             raise storage_error(error, path, "opening") from error
-        engine = sqlite_engine(path)
-        try:
-            if _revision(engine) != HEAD_REVISION:
-                from pgherd.storage.control.migrate import migrate  # Alembic costs 11 MiB and 0.3 s: only when it's needed
-
-                migrate(engine, path)
-        except OperationalError as error:
-            engine.dispose()
-            raise TransientError("disk.io", f"can't open {path}: {error.orig}", path=str(path)) from error
-        except DatabaseError as error:
-            engine.dispose()
-            raise IntegrityError(
-                "format.corrupt",
-                f"{path} isn't a healthy SQLite database: {error.orig}",
-                hint=f"move {path} aside and restore the last copy of it",
-                path=str(path),
-            ) from error
-        except BaseException:
-            engine.dispose()
-            raise
-        return cls(engine, path)
+        return cls(_opened(path, path), path)
 
     @contextmanager
     def begin(self) -> Iterator[Connection]:
@@ -124,13 +115,40 @@ class ControlStore:
             reason = error.orig if isinstance(error, OperationalError) else "all connections are in use"
             return TransientError("store.unavailable", f"control store: {reason}", path=str(self.path))
         if type(error) is DatabaseError:  # its subclasses are about our statements; this one is about the file
-            return IntegrityError(
-                "format.corrupt",
-                f"control store: {error.orig}",
-                hint=f"stop the collector, move {self.path} aside and restore the last copy of it",
-                path=str(self.path),
-            )
+            return corrupt(self.path, f"is damaged: {error.orig}")
         return error
+
+
+def _opened(path: Path, named: Path) -> Engine:
+    """An engine on a migrated store at `path`, called `named` in errors."""
+    require_healthy_content(path, named)
+    engine = sqlite_engine(path)
+    try:
+        if _revision(engine) != HEAD_REVISION:
+            from pgherd.storage.control.migrate import migrate  # Alembic costs 11 MiB and 0.3 s: only when it's needed
+
+            migrate(engine, named)
+    except OperationalError as error:
+        engine.dispose()
+        raise TransientError("disk.io", f"can't open {named}: {error.orig}", path=str(named)) from error
+    except DatabaseError as error:
+        engine.dispose()
+        raise corrupt(named, f"isn't a healthy SQLite database: {error.orig}") from error
+    except BaseException:
+        engine.dispose()
+        raise
+    return engine
+
+
+def _make(path: Path) -> None:
+    """An empty store under a temporary name, then under its own: a file that is there is never a beginning."""
+    draft = path.with_name(f".tmp-{path.name}")
+    for left in (draft, *(draft.with_name(draft.name + end) for end in ("-wal", "-shm", "-journal"))):
+        left.unlink(missing_ok=True)
+    draft.touch(mode=0o600)
+    _opened(draft, path).dispose()  # the last connection leaves no log behind
+    draft.rename(path)
+    fsync_directory(path.parent)
 
 
 def _revision(engine: Engine) -> str | None:

@@ -9,6 +9,9 @@ What DuckDB 1.5.6 was seen to do, and what is done about it here:
 - a damaged entry *length* looks to DuckDB like a torn last entry: it drops that and everything behind it without a
   word. So the log is copied before it is opened, and the copy is kept as `.torn-<time>` if DuckDB took less than all;
 - a failing checkpoint (disk full) invalidates the open database: it is closed and opened again in place;
+- a file with a flipped, missing or foreign byte where opening looks is set aside whole, with its log, under one
+  `.damaged-<time>` name, and an empty store begins in its place, loudly: samples that agents still hold must find a door.
+  Damage that only reading meets is named in the answer and in the gauges; the rest goes on being served;
 - any DDL in the log is a risk at replay: tables are made once, then checkpointed, and there is no index at all.
 """
 
@@ -30,6 +33,8 @@ from pgherd.proto.clock import Clock
 from pgherd.proto.errors import IntegrityError, PgherdError, PreconditionError, TransientError
 from pgherd.runtime.durable import exclusive_lock, fsync_directory, newer_format, storage_error
 from pgherd.runtime.logging import get_logger
+from pgherd.storage.series.catalog import Catalog
+from pgherd.storage.series.damage import DamagedFileError, is_file_damage, require_duckdb_file
 
 FORMAT_NAME = "pgherd-series"
 FORMAT_VERSION = 2
@@ -70,13 +75,16 @@ class Database:
         self._readers: set[duckdb.DuckDBPyConnection] = set()
         self._connection: duckdb.DuckDBPyConnection | None = None
         self._closed = False
+        self.catalog = Catalog()  # as of the last opening
+        self.damage = ""  # what reading met that opening didn't: DuckDB's words
 
     @classmethod
     def open(cls, path: Path, settings: DatabaseSettings, clock: Clock) -> Database:
         """Open or create the store at `path`.
 
-        Raises PreconditionError state.locked (another process has it), IntegrityError format.newer |
-        format.corrupt (named, left as it is), TransientError store.unavailable | disk.io.
+        A damaged file is set aside and an empty store begins (see `set_aside`). Raises PreconditionError state.locked
+        (another process has it), IntegrityError format.newer | format.corrupt (not ours; named, left as it is),
+        TransientError store.unavailable | disk.io.
         """
         database = cls(path, settings, clock)
         try:
@@ -84,8 +92,7 @@ class Database:
         except OSError as error:
             raise storage_error(error, path, "locking") from error
         try:
-            database._connection = database._open_with_log()
-            database._check_format()
+            database._open_usable()
         except BaseException:
             database.close()
             raise
@@ -109,14 +116,14 @@ class Database:
             return 0
 
     def set_aside(self) -> tuple[Path, ...]:
-        """Logs that wait beside the store for somebody to look at them.
+        """Files and logs that wait beside the store for somebody to look at them.
 
-        `.damaged-`: could not be replayed. `.torn-`: replayed up to a place where the last commit was torn off by a
+        A whole store: `series.duckdb.damaged-<time>`, with its log beside it under a name that DuckDB pairs with it.
+        Logs, `.damaged-`: could not be replayed. `.torn-`: replayed up to a place where the last commit was torn off by a
         crash (it had not been acknowledged), or where an entry's length is damaged (what follows had been).
         """
-        return tuple(
-            path for mark in ("damaged", "torn") for path in sorted(self.path.parent.glob(f"{self._wal.name}.{mark}-*"))
-        )
+        marks = (f"{self.path.name}.damaged-*Z", f"{self._wal.name}.damaged-*", f"{self._wal.name}.torn-*")
+        return tuple(path for mark in marks for path in sorted(self.path.parent.glob(mark)))
 
     def checkpoint(self) -> None:
         """Move the log into the file. Raises duckdb.Error; after a FatalException call `reopen`."""
@@ -138,7 +145,7 @@ class Database:
                 raise unavailable("readers don't leave the invalidated series store")
             if connection is not None:
                 connection.close()
-            self._connection = self._open_with_log()
+            self._open_usable()
             self._gate.notify_all()
 
     def close(self) -> None:
@@ -178,6 +185,14 @@ class Database:
                 "promql.limit", "the query needs more memory than series.memory_limit", hint="select fewer series or less time"
             ) from error
         except duckdb.Error as error:
+            if is_file_damage(error):
+                self._note_damage(error)
+                raise IntegrityError(
+                    "store.damaged",
+                    f"a part of {self.path} is damaged: {first_line(error)}",
+                    hint="other series and times are still served; see the runbook on damaged stores",
+                    path=str(self.path),
+                ) from error
             raise unavailable(f"the series store can't be read: {first_line(error)}") from error
         finally:
             timer.cancel()
@@ -185,6 +200,11 @@ class Database:
             with self._gate:
                 self._readers.discard(cursor)
                 self._gate.notify_all()
+
+    def _note_damage(self, error: duckdb.Error) -> None:
+        if not self.damage:
+            log.error("series.damage_found", store=str(self.path), reason=first_line(error))
+        self.damage = first_line(error)
 
     # --- opening --------------------------------------------------------------------------------
 
@@ -209,6 +229,43 @@ class Database:
         connection.execute("PRAGMA disable_checkpoint_on_shutdown")
         return connection
 
+    def _open_usable(self) -> None:
+        """Open, setting aside what is damaged. Raises as `open`."""
+        try:
+            self._open_checked()
+        except DamagedFileError as error:
+            self._set_file_aside(error)
+            self._open_checked()
+
+    def _open_checked(self) -> None:
+        """Open and read what everything rests on."""
+        try:
+            require_duckdb_file(self.path)
+            self._connection = self._open_with_log()
+            self._check_format()
+            self.catalog = Catalog.load(self._connection)
+            self.damage = ""
+        except BaseException as error:
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                connection.close()
+            if isinstance(error, duckdb.Error):
+                raise _opening_error(self.path, error) from error
+            if isinstance(error, OSError):
+                raise storage_error(error, self.path, "opening") from error
+            raise
+
+    def _set_file_aside(self, error: DamagedFileError) -> None:
+        aside = self._aside(self.path, "damaged")
+        self.path.rename(aside)
+        with contextlib.suppress(FileNotFoundError):
+            self._wal.rename(aside.with_name(aside.name + ".wal"))  # so named, DuckDB opens the two together
+        fsync_directory(self.path.parent)
+        log.error(
+            "series.store_set_aside", store=str(self.path), kept_as=str(aside), reason=error.message,
+            consequence="an empty store begins; earlier samples are only in the file that was set aside; what agents hold comes",
+        )  # fmt: skip
+
     def _open_with_log(self) -> duckdb.DuckDBPyConnection:
         log_bytes = self.wal_bytes
         is_worth_judging = log_bytes > _WAL_HEADER_BYTES
@@ -222,7 +279,7 @@ class Database:
             connection.close()
             return self._open_without_log("DuckDB doesn't recognise the header of the log and would overwrite it")
         except duckdb.Error as error:
-            if log_bytes == 0 or not _is_damage(error):
+            if log_bytes == 0 or not _is_damage(error) or is_file_damage(error):
                 raise _opening_error(self.path, error) from error
             return self._open_without_log(first_line(error))
         finally:
@@ -243,11 +300,15 @@ class Database:
         self, connection: duckdb.DuckDBPyConnection, copy: Path | None, log_bytes: int
     ) -> duckdb.DuckDBPyConnection:
         """DuckDB cuts the log after the last entry it could read, at the next write: write, then compare."""
-        with contextlib.suppress(duckdb.CatalogException):  # a store that crashed while it was made
-            _write_something(connection)
+        try:
+            with contextlib.suppress(duckdb.CatalogException):  # a store that crashed while it was made
+                _write_something(connection)
+        except duckdb.Error:
+            connection.close()
+            raise
         dropped_bytes = log_bytes - self.wal_bytes
         if dropped_bytes > 0:
-            aside = self._aside("torn")
+            aside = self._aside(self._wal, "torn")
             if copy is not None:
                 copy.rename(aside)
             log.warning(
@@ -256,15 +317,15 @@ class Database:
             )  # fmt: skip
         return connection
 
-    def _aside(self, mark: str) -> Path:
+    def _aside(self, what: Path, mark: str) -> Path:
         stamp = datetime.fromtimestamp(self._clock.wall_unix_ns() / 1e9, UTC).strftime("%Y%m%dT%H%M%S.%fZ")
-        path = self._wal.with_name(f"{self._wal.name}.{mark}-{stamp}")
+        path = what.with_name(f"{what.name}.{mark}-{stamp}")
         while path.exists():
-            path = path.with_name(path.name + "x")
+            path = what.with_name(f"{path.name.removesuffix('Z')}xZ")
         return path
 
     def _open_without_log(self, why: str) -> duckdb.DuckDBPyConnection:
-        aside = self._aside("damaged")
+        aside = self._aside(self._wal, "damaged")
         self._wal.rename(aside)
         fsync_directory(self.path.parent)
         try:
@@ -356,6 +417,12 @@ def _opening_error(path: Path, error: duckdb.Error) -> PgherdError:
             "format.newer", f"{path} was written by a newer DuckDB: {text}",
             hint="run the pgherd version that wrote it, or a newer one", path=str(path),
         )  # fmt: skip
+    if "lock on file" in text:
+        return PreconditionError(
+            "state.locked", f"another program has {path} open: {text}", hint="close it (a DuckDB shell?)", path=str(path)
+        )
+    if is_file_damage(error):
+        return DamagedFileError("format.corrupt", f"{path} is damaged: {text}", path=str(path))
     if not _is_damage(error):
         return unavailable(f"can't open {path}: {text}")
     return IntegrityError(

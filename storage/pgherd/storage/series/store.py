@@ -11,12 +11,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import duckdb
-
 from pgherd.proto.clock import Clock
 from pgherd.storage.series.batch import Batch, Receipt, ShipmentState, Tap
-from pgherd.storage.series.catalog import Catalog
-from pgherd.storage.series.database import Database, DatabaseSettings, first_line, unavailable
+from pgherd.storage.series.database import Database, DatabaseSettings
 from pgherd.storage.series.reader import SeriesReader
 from pgherd.storage.series.writer import Writer, WriterCounters, WriterSettings
 
@@ -38,7 +35,8 @@ class StoreGauges:
     queued_points: int
     wal_bytes: int
     file_bytes: int
-    logs_set_aside: int  # logs waiting beside the file: may hold samples that were acknowledged and aren't served
+    set_aside: int  # files and logs waiting beside the store: may hold samples that were acknowledged and aren't served
+    damage: str  # what reading met in the file; "" for nothing
     is_writable: bool
 
 
@@ -54,12 +52,7 @@ class SeriesStore(SeriesReader):
     def open(cls, path: Path, settings: SeriesSettings, clock: Clock, tap: Tap | None = None) -> SeriesStore:
         """Open or create; replays DuckDB's log. `tap` sees what is about to be committed. Raises as `Database.open`."""
         database = Database.open(path, settings.database, clock)
-        try:
-            catalog = Catalog.load(database.connection)
-        except duckdb.Error as error:
-            database.close()
-            raise unavailable(f"can't read {path}: {first_line(error)}") from error
-        writer = Writer(database, catalog, settings.writer, clock, tap)
+        writer = Writer(database, database.catalog, settings.writer, clock, tap)
         writer.start()
         return cls(database, writer, settings.select_samples_max)
 
@@ -81,6 +74,14 @@ class SeriesStore(SeriesReader):
         """Counts since start."""
         return self._writer.counters
 
+    def notes(self) -> list[str]:
+        """What somebody should look at although the store works, one sentence each."""
+        found = [
+            f"series store: {path.name} was set aside; it may hold samples that aren't served"
+            for path in self._database.set_aside()
+        ]
+        return [*found, *([f"series store: a part can't be read: {self._database.damage}"] if self._database.damage else [])]
+
     def gauges(self) -> StoreGauges:
         """How it stands now."""
         return StoreGauges(
@@ -88,7 +89,8 @@ class SeriesStore(SeriesReader):
             queued_points=self._writer.queued_points,
             wal_bytes=self._database.wal_bytes,
             file_bytes=self._database.path.stat().st_size,
-            logs_set_aside=len(self._database.set_aside()),
+            set_aside=len(self._database.set_aside()),
+            damage=self._database.damage,
             is_writable=self._writer.is_alive and not self._writer.is_failing,
         )
 

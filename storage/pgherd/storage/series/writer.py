@@ -229,10 +229,7 @@ class Writer:
         if not self._broken:
             return
         self._database.reopen()
-        try:
-            self.catalog = Catalog.load(self._database.connection)
-        except duckdb.Error as error:
-            raise unavailable(f"the reopened series store can't be read: {first_line(error)}") from error
+        self.catalog = self._database.catalog
         self._broken = False
         self.counters.reopened += 1
         log.warning("series.reopened", store=str(self._database.path))
