@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pgherd.agent.config import NodeConfig
+from pgherd.agent.config import AgentConfig, BackupConfig, NodeConfig
+from pgherd.agent.preflight.gather import gather
+from pgherd.agent.preflight.judge import judge
 from pgherd.agent.probes.catalog import load_catalog
 from pgherd.agent.probes.host import HostProbe
 from pgherd.agent.sampler import NodeSampler
@@ -113,3 +115,11 @@ def test_a_managed_server_has_everything_but_the_host(postgres: Server, tmp_path
             assert {"pg_stat_database_xact_commit", "pg_stat_activity_count", "pg_wal_size_bytes"} <= seen.names()
 
     asyncio.run(work())
+    config = AgentConfig(state_directory=tmp_path / "state", backup=BackupConfig(enabled=False))
+    (finding,) = [
+        finding
+        for finding in judge(gather(config, NodeConfig("n1", "c1", postgres.conninfo(), host="remote")))
+        if finding.check == "sampling.host"
+    ]
+    assert finding.severity == "info"
+    assert "no disk and host series" in finding.message

@@ -67,7 +67,26 @@ def monitor_grants(role: str, major: int) -> list[Statement]:
                 "keeps seeing the server when max_connections is used up; set reserved_connections to 3 or more",
             )
         )
+    found.append(statements_extension())
+    if major >= 14:
+        found.append(
+            Statement(
+                f"GRANT pg_read_all_data TO {name}",
+                "lets it see how full sequences are; pg_monitor doesn't, and a purpose of backup brings it anyway",
+                optional=True,
+            )
+        )
     return found
+
+
+def statements_extension() -> Statement:
+    """The extension behind the statements' figures, in the database that the agent connects to."""
+    return Statement(
+        "CREATE EXTENSION IF NOT EXISTS pg_stat_statements",
+        "figures of statements; needs shared_preload_libraries = 'pg_stat_statements' and a restart first",
+        optional=True,
+        each_database=True,
+    )
 
 
 def backup_grants(role: str, major: int) -> list[Statement]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +17,7 @@ class DatabaseRights:
     tables_with_rls: int = 0
     large_objects_unreadable: int = 0
     subscriptions: int = 0
+    sequences_unreadable: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ class ServerSide:
     archiver: Archiver | None
     application_names: frozenset[str]
     may_read_pg_authid: bool
+    statements: Literal["", "extension_absent", "not_preloaded"] | None = None  # what keeps pg_stat_statements away
 
     @property
     def major(self) -> int:
@@ -87,6 +90,8 @@ class HostSide:
     role_passwords: bool = True
     restore_roots: Mapping[str, str] = field(default_factory=dict)  # name → problem, "" when usable
     foreign_files: tuple[str, ...] = ()  # configuration of other cluster managers found on this host
+    volumes: tuple[str, ...] = ()  # path_kinds of the node that this host can measure
+    unmeasured: Mapping[str, str] = field(default_factory=dict)  # probe → why this host can't tell (see probes/local.py)
 
 
 @dataclass(frozen=True, slots=True)

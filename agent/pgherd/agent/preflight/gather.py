@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import psycopg
+from psycopg.rows import dict_row
 
 from pgherd.agent.backup.deadline import Deadline
 from pgherd.agent.config import AgentConfig, NodeConfig
 from pgherd.agent.preflight.facts import Archiver, DatabaseRights, Disk, Facts, HostSide, ServerSide, Slot
+from pgherd.agent.probes.disk import AVAIL, DiskProbe
+from pgherd.agent.probes.host import HostProbe
+from pgherd.agent.probes.local import LocalProbe
+from pgherd.agent.probes.places import PLACES_SQL
 from pgherd.postgres.binaries import client_for, exactly
 from pgherd.postgres.connection import Target, connect
 from pgherd.postgres.os_user import server_user
 from pgherd.proto.errors import PgherdError
+from pgherd.runtime.clock import SystemClock
 from pgherd.runtime.durable import read_secret
 
 _STATEMENT_TIMEOUT_S: Final = 10
@@ -61,6 +68,12 @@ SELECT extract(epoch FROM clock_timestamp() - last_archived_time)::float8,
 FROM pg_stat_archiver
 """
 
+_STATEMENTS_SQL: Final = "SELECT count(*) FROM pg_extension WHERE extname = 'pg_stat_statements'"
+
+_SEQUENCES_SQL: Final = """
+SELECT count(*) FROM pg_sequence WHERE NOT seqcycle AND NOT has_sequence_privilege(seqrelid, 'SELECT, USAGE')
+"""
+
 _RIGHTS_SQL: Final = """
 SELECT count(*) FILTER (WHERE NOT has_table_privilege(c.oid, 'SELECT')
                            OR NOT has_schema_privilege(c.relnamespace, 'USAGE')),
@@ -88,18 +101,20 @@ def gather(config: AgentConfig, node: NodeConfig) -> Facts:
     """Everything `check` judges. A server that can't be reached is a fact, not an error."""
     server: ServerSide | None = None
     code = message = hint = ""
+    local = LocalProbe(node, DiskProbe(_HUNG_AFTER_S), HostProbe(SystemClock()))
     try:
         target = Target(node.conninfo, read_secret(node.password_file) if node.password_file else None)
-        server = _server(target)
+        server = _server(target, local)
     except PgherdError as error:
         code, message, hint = error.code, error.message, error.hint
-    return Facts(node.alias, _host(config, node, server.major if server else None), server, code, message, hint)
+    return Facts(node.alias, _host(config, node, server.major if server else None, local), server, code, message, hint)
 
 
 # ---- the server ---------------------------------------------------------------------------------
 
 
-def _server(target: Target) -> ServerSide:
+def _server(target: Target, local: LocalProbe) -> ServerSide:
+    """What the server says; `local` learns from it where its files are."""
     with (
         Deadline(_HUNG_AFTER_S, "asking the server") as deadline,
         connect(target, lock_timeout_s=_LOCK_TIMEOUT_S) as connection,
@@ -108,6 +123,9 @@ def _server(target: Target) -> ServerSide:
         connection.execute(f"SET statement_timeout = '{_STATEMENT_TIMEOUT_S}s'".encode())
         connection.execute("SET default_transaction_read_only = on")
         role, superuser, bypass, replication, standby, version, authid, groups = connection.execute(_ROLE_SQL).fetchall()[0]
+        with connection.cursor(row_factory=dict_row) as places:
+            local.locate(places.execute(PLACES_SQL.encode()).fetchall(), connection.info.host, connection.info.hostaddr)
+        extensions = connection.execute(_STATEMENTS_SQL).fetchall()[0][0]
         settings = dict(connection.execute(_SETTINGS_SQL, [list(_SETTINGS)]).fetchall())
         names = [row[0] for row in connection.execute("SELECT datname FROM pg_database WHERE datallowconn ORDER BY datname")]
         closed = [
@@ -140,7 +158,16 @@ def _server(target: Target) -> ServerSide:
             archiver=Archiver(*archiver[0]) if archiver else None,
             application_names=frozenset(row[0] for row in applications),
             may_read_pg_authid=authid,
+            statements=_statements(extensions, settings.get("shared_preload_libraries")),
         )
+
+
+def _statements(extensions: int, preloaded: str | None) -> Literal["", "extension_absent", "not_preloaded"] | None:
+    if preloaded is None:
+        return None
+    if "pg_stat_statements" not in preloaded:
+        return "not_preloaded"
+    return "" if extensions else "extension_absent"
 
 
 def _or_none(connection: psycopg.Connection[Any], query: str) -> list[tuple[Any, ...]] | None:
@@ -164,7 +191,8 @@ def _rights(target: Target, name: str, number: int) -> DatabaseRights:
             unreadable, with_rls = connection.execute(_RIGHTS_SQL).fetchall()[0]
             objects = connection.execute(_LARGE_OBJECTS_SQL).fetchall()[0][0]
             subscriptions = connection.execute(_SUBSCRIPTIONS_SQL).fetchall()[0][0]
-            return DatabaseRights(name, "", unreadable, with_rls, objects, subscriptions)
+            sequences = connection.execute(_SEQUENCES_SQL).fetchall()[0][0]
+            return DatabaseRights(name, "", unreadable, with_rls, objects, subscriptions, sequences)
     except PgherdError as error:
         return DatabaseRights(name, error=error.message)
 
@@ -172,7 +200,8 @@ def _rights(target: Target, name: str, number: int) -> DatabaseRights:
 # ---- this host ----------------------------------------------------------------------------------
 
 
-def _host(config: AgentConfig, node: NodeConfig, major: int | None) -> HostSide:
+def _host(config: AgentConfig, node: NodeConfig, major: int | None, local: LocalProbe) -> HostSide:
+    measured, unmeasured = asyncio.run(local.sample())
     client_major, client_problem = None, ""
     if major is not None:
         try:
@@ -190,6 +219,8 @@ def _host(config: AgentConfig, node: NodeConfig, major: int | None) -> HostSide:
         role_passwords=config.backup.role_passwords,
         restore_roots={name: _root_problem(path) for name, path in config.policy.restore_roots.items()},
         foreign_files=_foreign_files(os.environ),
+        volumes=tuple(sample.labels["path_kind"] for sample in measured if sample.metric is AVAIL),
+        unmeasured=unmeasured,
     )
 
 

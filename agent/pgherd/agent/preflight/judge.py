@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Final, Literal
 
-from pgherd.agent.grants.statements import backup_grants, monitor_grants, quoted
+from pgherd.agent.grants.statements import backup_grants, monitor_grants, quoted, statements_extension
 from pgherd.agent.preflight.facts import Facts, HostSide, ServerSide, Slot
 from pgherd.agent.probes.catalog import OLDEST_MAJOR, TESTED_MAJORS
 
@@ -98,6 +98,63 @@ def _sampling_grants(server: ServerSide, host: HostSide) -> Iterator[Finding]:
         elif server.settings.get("reserved_connections", "0") == "0":
             message = "reserved_connections is 0: pg_use_reserved_connections has nothing to use"
             yield Finding("grants.reserved_connections", "info", message)
+
+
+def _inside_databases(server: ServerSide, host: HostSide) -> Iterator[Finding]:
+    """What the walks over the databases and the statements' figures need."""
+    for database in server.databases:
+        if database.error:
+            message = f"tables and sizes of database {database.name} stay unknown: {database.error}"
+            remedy = f"GRANT CONNECT ON DATABASE {quoted(database.name)} TO {quoted(server.role)};"
+            yield Finding("sampling.databases", "unknown", message, remedy)
+    hidden = sum(database.sequences_unreadable for database in server.databases)
+    if hidden and not server.superuser:
+        name = quoted(server.role)
+        remedy = (
+            f"GRANT pg_read_all_data TO {name};"
+            if server.major >= 14
+            else f"GRANT SELECT ON ALL SEQUENCES IN SCHEMA public TO {name};"
+        )
+        yield Finding(
+            "sampling.sequences", "unknown", f"how full {hidden} sequences are can't be read by {server.role}", remedy
+        )
+    if server.statements is None:
+        message = "shared_preload_libraries can't be read: whether pg_stat_statements counts is unknown"
+        yield Finding("sampling.statements", "unknown", message, f"GRANT pg_read_all_settings TO {quoted(server.role)};")
+    elif server.statements == "not_preloaded":
+        message = "pg_stat_statements isn't preloaded: which statements take the time stays unknown"
+        remedy = (
+            "ALTER SYSTEM SET shared_preload_libraries = 'pg_stat_statements'; -- beside what it has; then restart the server"
+        )
+        yield Finding("sampling.statements", "warning", message, remedy)
+    elif server.statements == "extension_absent":
+        message = "the extension pg_stat_statements isn't in the database that conninfo names: statements stay unknown"
+        yield Finding("sampling.statements", "warning", message, f"{statements_extension().sql};")
+    else:
+        yield Finding("sampling.statements", "ok", "pg_stat_statements is there")
+
+
+_UNMEASURED: Final = {
+    "permission_denied": "run the agent as a user that may enter it, or name a path on the same volume in disk_paths",
+    "stderr_hidden": "name the log directory as disk_paths.log_directory, or run the agent as the server's user",
+    "data_directory_hidden": "GRANT pg_read_all_settings to the agent's role, or state data_directory",
+    "log_directory_hidden": "GRANT pg_read_all_settings to the agent's role, or name it in disk_paths",
+    "not_supported": "boot with psi=1 for pressure figures",
+}
+
+
+def _volumes(host: HostSide) -> Iterator[Finding]:
+    if host.unmeasured.get("disk") == "remote_server":
+        message = "the server isn't on this host (or in a container of it): no disk and host series; everything else works"
+        yield Finding("sampling.host", "info", message)
+        return
+    for probe, reason in host.unmeasured.items():
+        remedy = _UNMEASURED.get(
+            reason, "see that the path exists and its volume answers, or name another path on it in disk_paths"
+        )
+        yield Finding("sampling.host", "unknown", f"{probe.removeprefix('disk_')} can't be measured: {reason}", remedy)
+    if host.volumes and not host.unmeasured:
+        yield Finding("sampling.host", "ok", f"measures the volumes of {', '.join(host.volumes)}")
 
 
 def _backup_grants(server: ServerSide, host: HostSide) -> Iterator[Finding]:
@@ -334,11 +391,12 @@ def _repository_room(server: ServerSide, host: HostSide) -> Iterator[Finding]:
 
 
 _SERVER_CHECKS: Final[tuple[Callable[[ServerSide, HostSide], Iterator[Finding]], ...]] = (
-    _version, _sampling_grants, _backup_grants, _wal, _archiving, _slots, _replication, _timeouts, _managers, _repository_room,
+    _version, _sampling_grants, _inside_databases, _backup_grants, _wal, _archiving, _slots, _replication, _timeouts, _managers, _repository_room,
 )  # fmt: skip
 
 
 def _host(host: HostSide, server: ServerSide | None) -> Iterator[Finding]:
+    yield from _volumes(host)
     if host.backups_enabled:
         if host.client_major is not None:
             yield Finding("client_programs", "ok", f"pg_dump {host.client_major} is there")

@@ -28,7 +28,7 @@ from pgherd.agent.probes.budget import Budget
 from pgherd.agent.probes.catalog import Probe, load_catalog
 from pgherd.agent.probes.connection import Answer, NodeConnection, Rows
 from pgherd.agent.probes.pipeline import Question
-from pgherd.agent.probes.rows import samples_of
+from pgherd.agent.probes.rows import samples_of, unknown_sample
 from pgherd.agent.rounds.plan import Database, relations_allowed, visiting_order
 from pgherd.agent.rounds.ranking import Choice, Ranking, parse_relations
 from pgherd.agent.telemetry.convert import Series, series_of, vanished
@@ -74,7 +74,8 @@ DURATION: Final = Metric("pgherd_rounds_duration_seconds", _GAUGE, "Duration of 
 WALKS: Final = Metric("pgherd_rounds_walks_total", _COUNTER, "Walks over the databases, by how they ended")
 TABLES_REPORTED: Final = Metric("pgherd_tables_reported", _GAUGE, "Tables of the database that have series")
 INDEXES_REPORTED: Final = Metric("pgherd_indexes_reported", _GAUGE, "Indexes of the database that have series")
-UNKNOWN: Final = Metric("pgherd_probe_unknown", _GAUGE, "1 while a probe can't know a value, with the reason")
+
+_GRANTS: Final = {"sequences postgres.privilege": "pg_read_all_data", "rounds postgres.privilege": "CONNECT"}
 
 End = Literal["whole", "cost", "deadline", "saturated", "away", "hung"]
 
@@ -109,7 +110,8 @@ class _Held:
             yield Sample(INDEXES_REPORTED, labels, float(len(self.choice.indexes)))
         for fact in self.unknown:
             probe_name, _, reason = fact.partition(" ")
-            yield Sample(UNKNOWN, {"probe": probe_name, "reason": reason, **labels}, 1.0)
+            unknown = unknown_sample(probe_name, reason, _GRANTS.get(fact, ""))
+            yield replace(unknown, labels={**unknown.labels, **labels})
 
 
 @dataclass(slots=True)

@@ -22,6 +22,7 @@ from pgherd.agent.probes.budget import Budget
 from pgherd.agent.probes.connection import Answer, NodeConnection, Rows
 from pgherd.agent.probes.normalise import normalise
 from pgherd.agent.probes.pipeline import Question
+from pgherd.agent.probes.rows import unknown_sample
 from pgherd.agent.statements.ledger import ENTRIES_MAX, Counts, Key, Reading, StatementLedger
 from pgherd.agent.telemetry.emit import Emitter
 from pgherd.proto.clock import Clock
@@ -79,7 +80,12 @@ REPORTED: Final = Metric("pgherd_statements_reported", _GAUGE, "Statements that 
 DEALLOCATIONS: Final = Metric(
     "pgherd_statements_deallocations_total", _COUNTER, "Times that pg_stat_statements threw out its least used entries"
 )
-UNKNOWN: Final = Metric("pgherd_probe_unknown", _GAUGE, "1 while a probe can't know a value, with the reason")
+_GRANTS: Final = {
+    "extension_absent": "CREATE EXTENSION pg_stat_statements",
+    "not_preloaded": "shared_preload_libraries",
+    "statements_hidden": "pg_read_all_stats",
+    "postgres.privilege": "USAGE on the extension's schema",
+}
 
 _log = get_logger(__name__)
 
@@ -156,7 +162,7 @@ class StatementReader:
         except PgherdError as error:
             self._extension = None  # updated, moved or dropped: looked for anew
             reason = _reason(error)
-            samples = [Sample(UNKNOWN, {"probe": _SOURCE, "reason": reason}, 1.0)]
+            samples = [_unknown(reason)]
             _log.info("statements.unknown", reason=reason, why=error.message)
         await self._emitter.emit({_SOURCE: samples}, unix_ns)
 
@@ -172,10 +178,10 @@ class StatementReader:
         if self._extension is None:
             rows = await self._connection.fetch(_EXTENSION_SQL)
             if not rows:
-                return [Sample(UNKNOWN, {"probe": _SOURCE, "reason": "extension_absent"}, 1.0)]
+                return [_unknown("extension_absent")]
             version = tuple(int(part) for part in str(rows[0]["version"]).split("."))
             if version < _OLDEST:
-                return [Sample(UNKNOWN, {"probe": _SOURCE, "reason": "extension_too_old"}, 1.0)]
+                return [_unknown("extension_too_old")]
             self._extension = _Extension(str(rows[0]["schema"]), version)
         extension = self._extension
         questions = [Question(extension.entries_sql()), Question(_DATABASES_SQL)]
@@ -196,9 +202,9 @@ class StatementReader:
             for row in (info[0] if info else ())
         ]
         if any(row["hidden"] for row in entries):
-            samples.append(Sample(UNKNOWN, {"probe": _SOURCE, "reason": "statements_hidden"}, 1.0))
+            samples.append(_unknown("statements_hidden"))
         if listed > ENTRIES_MAX:
-            samples.append(Sample(UNKNOWN, {"probe": _SOURCE, "reason": "too_many_entries"}, 1.0))
+            samples.append(_unknown("too_many_entries"))
         return samples
 
     def _figures(self, reading: Reading, entries: dict[Key, Counts]) -> Iterable[Sample]:
@@ -240,6 +246,10 @@ def _rows(answer: Answer) -> Rows:
     if answer.error is not None:
         raise answer.error
     return answer.rows
+
+
+def _unknown(reason: str) -> Sample:
+    return unknown_sample(_SOURCE, reason, _GRANTS.get(reason, ""))
 
 
 def _reason(error: PgherdError) -> str:
