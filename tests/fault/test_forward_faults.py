@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 
 from pgherd.collector.config import ForwardConfig, OtlpForwardConfig, RemoteWriteConfig
@@ -48,10 +49,14 @@ class Forwarding:
     forwarder: Forwarder
     clock: HandClock
 
-    def put(self, name: str, value: float, count: int = 1) -> None:
+    def put(self, name: str, value: float | NDArray[np.float64], count: int = 1) -> None:
         self.clock.unix_ms += 1000
         made = layout_of({"__name__": name, "i": str(i)} for i in range(count))
-        columns = np.arange(count, dtype=np.int32), np.full(count, self.clock.unix_ms, np.int64), np.full(count, value)
+        columns = (
+            np.arange(count, dtype=np.int32),
+            np.full(count, self.clock.unix_ms, np.int64),
+            np.broadcast_to(np.float64(value), count),
+        )
         assert self.store.append(Batch(made, *columns)).result(10).stored_points == count
 
     @property
@@ -134,11 +139,11 @@ def test_what_is_refused_for_ever_is_set_aside_and_stops_nobody(tmp_path: Path) 
 
 def test_a_queue_is_bounded_and_says_what_it_dropped(tmp_path: Path) -> None:
     with remote_receiver() as receiver, forwarding(tmp_path, receiver.port, queue_size=256 * 1024) as one:
-        rng = np.random.default_rng(1)
-        total = 0
-        while one.status.dropped_points == 0 or total < 60_000:
-            one.put("m", float(rng.random()), count=5000)
+        rng, total = np.random.default_rng(1), 0
+        for _ in range(12):
+            one.put("m", rng.random(5000), count=5000)
             total += 5000
+        assert one.status.dropped_points > 0
         assert one.status.queue_bytes <= 256 * 1024
         one.send_until(lambda: one.status.sent_points + one.status.dropped_points == total)
         times = sorted({time for time, _ in receiver.samples["m"]})
