@@ -80,8 +80,8 @@ def go_mad(mad: Sender, stop: threading.Event, answers: Counter[str], delays: li
             answers["OK"] += 1
         except grpc.RpcError as error:
             answers[error.code().name] += 1
-            trailing: Any = dict(error.trailing_metadata() or ())
-            for detail in Status.FromString(trailing.get("grpc-status-details-bin", b"")).details:
+            trailing: Any = error.trailing_metadata()
+            for detail in Status.FromString(dict(trailing)["grpc-status-details-bin"]).details:
                 retry = RetryInfo()
                 if detail.Unpack(retry):
                     delays.append(retry.retry_delay.ToMilliseconds() / 1000)

@@ -304,6 +304,7 @@ class Collector:
                 ("grpc.keepalive_time_ms", 20_000),
                 ("grpc.keepalive_timeout_ms", 10_000),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+                ("grpc.max_concurrent_streams", 64),  # of one connection: ours need two
             ],
         )
         control_pb2_grpc.add_ControlServicer_to_server(self.control_service, server)  # type: ignore[no-untyped-call]

@@ -54,6 +54,7 @@ from pgherd.storage.series.batch import Batch, Receipt, Shipment
 SERVICE = "opentelemetry.proto.collector.metrics.v1.MetricsService"
 INCARNATION_KEY, SEQUENCE_KEY, LENGTHS_KEY = "pgherd-incarnation", "pgherd-sequence", "pgherd-lengths"
 PARTS_MAX = 256
+_HELD_BACK_MAX = 4  # of one sender: their bodies stay in memory meanwhile
 _DETAILS_KEY = "grpc-status-details-bin"
 
 log = get_logger(__name__)
@@ -77,6 +78,7 @@ class ServiceSettings:
     commit_timeout_s: float = 20.0
     retry_delay_s: float = 2.0
     quota: Quota = field(default_factory=Quota)
+    hold_back_s: float = 1.0
     shape_cache_bytes: int = 64 * 1024 * 1024
 
 
@@ -109,6 +111,7 @@ class MetricsService:
         self._settings = settings
         self._decoders = ThreadPoolExecutor(settings.decoders, thread_name_prefix="otlp-decode")
         self._quotas = Quotas(settings.quota)
+        self._held_back: Counter[str] = Counter()
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self.shapes = ShapeCache(settings.limits, settings.shape_cache_bytes)
         self.counters = IngestCounters()
@@ -154,7 +157,11 @@ class MetricsService:
 
     async def _accept(self, body: bytes, peer: Peer, metadata: Iterable[tuple[str, Any]] | None) -> bytes:
         settings, sender = self._settings, sender_of(peer)
-        self._quotas.enter(sender, len(body), self._clock.mono_s())
+        try:
+            self._quotas.enter(sender, len(body), self._clock.mono_s())
+        except TransientError:
+            await self._hold_back(sender)
+            raise
         try:
             if len(body) > settings.limits.request_bytes_max:
                 raise PeerError(
@@ -178,6 +185,18 @@ class MetricsService:
             self._count(receipt, one.rejected)
             rejected.update(one.rejected)
         return answer(rejected, sum(receipt.deltas_repeated for receipt in receipts))
+
+    async def _hold_back(self, sender: str) -> None:
+        """Let one that is over its quota wait for its refusal: who doesn't heed the delay would ask thousands of times a second."""
+        if self._held_back[sender] >= _HELD_BACK_MAX:
+            return
+        self._held_back[sender] += 1
+        try:
+            await asyncio.sleep(self._settings.hold_back_s)
+        finally:
+            self._held_back[sender] -= 1
+            if not self._held_back[sender]:
+                del self._held_back[sender]
 
     def _admit(self, parts: Sequence[Part], peer: Peer) -> list[Admitted]:
         taken = []
