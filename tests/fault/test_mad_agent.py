@@ -57,7 +57,7 @@ class Sender:
             self.sequence += 1
             sequence = self.sequence
         metadata = (("pgherd-incarnation", self.incarnation), ("pgherd-sequence", str(sequence)))
-        self.channel.unary_unary(f"/{SERVICE}/Export")(body, timeout=30, metadata=metadata)
+        self.channel.unary_unary(f"/{SERVICE}/Export", None, None)(body, timeout=30, metadata=metadata)
 
 
 def calm_latencies(calm: Sender) -> list[float]:
