@@ -29,6 +29,12 @@ def run(program: Path, *arguments: str) -> dict[str, Any]:
     return document
 
 
+def exporter(sampling: dict[str, Any], figure: str) -> str:
+    """postgres_exporter's figure from the same run."""
+    beside = sampling["postgres_exporter"]
+    return "no postgres_exporter here" if beside is None else f"postgres_exporter, scraped every 10 s: {beside[figure]:.2%}"
+
+
 def rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(what, figure, beside it)"""
     ingest, sampling, query, backup, demo = (report[part] for part in ("ingest", "sampling", "query", "backup", "demo"))
@@ -45,7 +51,12 @@ def rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
             f"{sampling['cycle_p50_ms']:.1f} / {sampling['cycle_p95_ms']:.1f} ms",
             f"PostgreSQL {sampling['major']}",
         ),
-        ("sampling, CPU of the agent", f"{sampling['cpu_share_at_10s']:.2%} of a core", "at one cycle in 10 s"),
+        ("sampling, CPU of the agent", f"{sampling['cpu_share']:.2%} of a core", exporter(sampling, "cpu_share")),
+        (
+            "sampling, CPU of the server",
+            f"{sampling['server_cpu_share']:.2%} of a core",
+            exporter(sampling, "server_cpu_share"),
+        ),
         ("sampling, resident memory", f"{sampling['rss_bytes'] / MIB:.1f} MiB", "target 64 MiB"),
     ]
     for name, figures in query["queries"].items():

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgherd.agent.probes.budget import HOLD_MAX_S, HOLD_S, SHED_ORDER, Budget
-from pgherd.agent.probes.meter import Usage, cost_s
+from pgherd.agent.probes.meter import Usage, cost_s, cost_shares
 
 INTERVALS = {"live": 1.0, "cycle": 10.0, "slow": 60.0, "statements": 60.0, "tables": 300.0, "latency": 0.1}
 USUAL = {"live": 0.0004, "cycle": 0.004, "slow": 0.008, "statements": 0.03, "tables": 0.2, "latency": 0.0001}
@@ -94,3 +94,12 @@ def test_a_cost_is_at_least_the_cpu_and_never_the_wait_for_one(took: float, cpu:
     cost = cost_s(took, Usage(1.0, 2.0), Usage(1.0 + cpu, 2.0 + queued))
     assert cost >= cpu - 1e-9
     assert cost <= max(cpu, took) + 1e-9
+
+
+@given(st.lists(st.floats(0, 1), max_size=12), st.floats(0, 1), st.floats(0, 1))
+def test_a_pipelines_cost_is_shared_out_whole(took: list[float], cpu: float, queued: float) -> None:
+    before, after = Usage(1.0, 2.0), Usage(1.0 + cpu, 2.0 + queued)
+    shares = list(cost_shares(took, before, after))
+    assert len(shares) == len(took)
+    if took:
+        assert abs(sum(shares) - cost_s(sum(took), before, after)) < 1e-6, "also when all answers came at once"

@@ -27,7 +27,7 @@ from psycopg import conninfo as libpq
 from pgherd.agent.config import NodeConfig, SamplingConfig
 from pgherd.agent.probes.dial import ConnectFailed, dial
 from pgherd.agent.probes.disk import is_local
-from pgherd.agent.probes.meter import BackendMeter, cost_s
+from pgherd.agent.probes.meter import BackendMeter, cost_shares
 from pgherd.agent.probes.pipeline import Exchange, Outcome, Prepared, Question, SilentServerError
 from pgherd.proto.clock import Clock
 from pgherd.proto.errors import ConfigError, PgherdError, PreconditionError, TransientError
@@ -238,13 +238,12 @@ class NodeConnection:
             self._discard()
             raise
         after = self._meter.read() if self._meter else None
-        took_s = sum(outcome.duration_s for outcome in exchange.outcomes)
-        cost_rate = cost_s(took_s, before, after) / took_s if took_s else 0.0
         if before is not None and after is not None:
             self.cpu_s += after.cpu_s - before.cpu_s
-        return [self._answer(outcome, rest, cost_rate) for outcome in exchange.outcomes]
+        shares = cost_shares([outcome.duration_s for outcome in exchange.outcomes if outcome.sent], before, after)
+        return [self._answer(outcome, rest, next(shares) if outcome.sent else 0.0) for outcome in exchange.outcomes]
 
-    def _answer(self, outcome: Outcome, rest: PgherdError, cost_rate: float) -> Answer:
+    def _answer(self, outcome: Outcome, rest: PgherdError, share_s: float) -> Answer:
         rows: Rows = []
         error: PgherdError | None = None
         if outcome.failure is not None:
@@ -253,7 +252,7 @@ class NodeConnection:
             error = rest
         else:
             rows = self._rows(outcome.result)
-        return Answer(rows, error, outcome.duration_s, outcome.duration_s * cost_rate)
+        return Answer(rows, error, outcome.duration_s, share_s)
 
     def _rows(self, result: pq.abc.PGresult) -> Rows:
         transformer = adapt.Transformer(self)

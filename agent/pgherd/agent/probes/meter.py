@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,3 +64,13 @@ def cost_s(took_s: float, before: Usage | None, after: Usage | None) -> float:
     if before is None or after is None:
         return took_s
     return max(after.cpu_s - before.cpu_s, took_s - (after.queued_s - before.queued_s))
+
+
+def cost_shares(took_s: Sequence[float], before: Usage | None, after: Usage | None) -> Iterator[float]:
+    """What each of a pipeline's statements cost, by the time that each took.
+
+    Evenly when they took no time that we could see: a busy agent reads all answers at once, the backend worked nevertheless.
+    """
+    total_s = sum(took_s)
+    cost = cost_s(total_s, before, after)
+    return (cost * (each_s / total_s if total_s else 1 / len(took_s)) for each_s in took_s)
