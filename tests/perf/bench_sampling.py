@@ -26,7 +26,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pgherd.agent.probes.meter import BackendMeter
+from pgherd.agent.probes.meter import Meter
 from support.postgres import Server, default_major, fleet, free_port
 from support.waiting import wait_until
 
@@ -116,7 +116,7 @@ def _beside(server: Server, seconds: float) -> dict[str, object] | None:
         url = f"http://127.0.0.1:{port}/metrics"
         wait_until(lambda: _answers(url), 20, "the exporter")
         process = psutil.Process(exporter.pid)
-        meters: dict[int, BackendMeter] = {}
+        meters: dict[int, Meter] = {}
         walls, series, started = [], 0, time.monotonic()
         _scrape(url)
         before = process.cpu_times()
@@ -153,10 +153,10 @@ def _scrape(url: str) -> str:
         return text
 
 
-def _backends_cpu_s(server: Server, meters: dict[int, BackendMeter]) -> float:
+def _backends_cpu_s(server: Server, meters: dict[int, Meter]) -> float:
     """CPU of the exporter's backends so far; it keeps its connections."""
     for pid in (pid for (pid,) in server.execute("SELECT pid FROM pg_stat_activity WHERE usename = 'exporter'")):
-        if pid not in meters and (meter := BackendMeter.open(pid)) is not None:
+        if pid not in meters and (meter := Meter.of_backend(pid)) is not None:
             meters[pid] = meter
     return sum(usage.cpu_s for meter in meters.values() if (usage := meter.read()) is not None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -163,5 +164,26 @@ def test_the_server_ending_the_session_is_unreachable_and_what_came_before_is_ke
             assert killed.error.code == "postgres.unreachable"
             assert after.error is not None
             assert not connection.connected
+
+    asyncio.run(work())
+
+
+def test_answers_that_we_looked_at_late_arent_dear(postgres: Server) -> None:
+    """An agent on a busy machine must not take its own slowness for the server's."""
+
+    async def work() -> None:
+        async with opened(postgres) as connection:
+            questions = [Question("SELECT pg_sleep(0.05)"), Question("SELECT 1 AS one")]
+
+            async def keep_the_loop() -> None:
+                await until(lambda: connection.busy, 5, "the conversation")
+                await asyncio.sleep(0.02)  # into the server's sleep, after the first sign of it
+                until_mono_s = time.monotonic() + 0.5
+                while time.monotonic() < until_mono_s:
+                    pass
+
+            answers, _ = await asyncio.gather(connection.fetch_many(questions), keep_the_loop())
+            assert sum(answer.duration_s for answer in answers) > 0.3
+            assert 0 < sum(answer.cost_s for answer in answers) < 0.25
 
     asyncio.run(work())

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgherd.agent.probes.budget import HOLD_MAX_S, HOLD_S, SHED_ORDER, Budget
-from pgherd.agent.probes.meter import Usage, cost_s, cost_shares
+from pgherd.agent.probes.meter import Usage, cost_s, cost_shares, since
 
 INTERVALS = {"live": 1.0, "cycle": 10.0, "slow": 60.0, "statements": 60.0, "tables": 300.0, "latency": 0.1}
 USUAL = {"live": 0.0004, "cycle": 0.004, "slow": 0.008, "statements": 0.03, "tables": 0.2, "latency": 0.0001}
@@ -88,18 +88,28 @@ def test_what_is_shed_is_a_prefix_and_nothing_returns_early(events: list[tuple[s
     assert {name: budget.spent_s(name) for name in SHED_ORDER} == total
 
 
-@given(st.floats(0, 10), st.floats(0, 10), st.floats(0, 10))
-def test_a_cost_is_at_least_the_cpu_and_never_the_wait_for_one(took: float, cpu: float, queued: float) -> None:
+_ACCOUNTS = st.builds(Usage, st.floats(0, 1), st.floats(0, 1))
+
+
+@given(st.floats(0, 10), _ACCOUNTS, _ACCOUNTS)
+def test_a_cost_is_at_least_the_cpu_and_never_a_wait_for_one(took: float, backend: Usage, own: Usage) -> None:
     assert cost_s(took, None, None) == took
-    cost = cost_s(took, Usage(1.0, 2.0), Usage(1.0 + cpu, 2.0 + queued))
-    assert cost >= cpu - 1e-9
-    assert cost <= max(cpu, took) + 1e-9
+    assert abs(cost_s(took, None, own) - max(0.0, took - own.cpu_s - own.queued_s)) < 1e-9
+    cost = cost_s(took, backend, own)
+    assert backend.cpu_s <= cost <= max(backend.cpu_s, took)
+    assert cost <= max(backend.cpu_s, took - backend.queued_s) + 1e-9
+    waiting_too = Usage(backend.cpu_s, backend.queued_s + 1.0)
+    assert cost_s(took + 1.0, waiting_too, own) <= cost + 1e-9, "however long it waits for a CPU"
 
 
-@given(st.lists(st.floats(0, 1), max_size=12), st.floats(0, 1), st.floats(0, 1))
-def test_a_pipelines_cost_is_shared_out_whole(took: list[float], cpu: float, queued: float) -> None:
-    before, after = Usage(1.0, 2.0), Usage(1.0 + cpu, 2.0 + queued)
-    shares = list(cost_shares(took, before, after))
+@given(st.lists(st.floats(0, 1), max_size=12), _ACCOUNTS, _ACCOUNTS)
+def test_a_pipelines_cost_is_shared_out_whole(took: list[float], backend: Usage, own: Usage) -> None:
+    shares = list(cost_shares(took, backend, own))
     assert len(shares) == len(took)
     if took:
-        assert abs(sum(shares) - cost_s(sum(took), before, after)) < 1e-6, "also when all answers came at once"
+        assert abs(sum(shares) - cost_s(sum(took), backend, own)) < 1e-6, "also when all answers came at once"
+
+
+def test_an_account_over_a_while_needs_both_readings() -> None:
+    assert since(None, Usage(1, 1)) is None
+    assert since(Usage(1.0, 2.0), Usage(1.5, 4.0)) == Usage(0.5, 2.0)

@@ -78,9 +78,6 @@ class Connection(Protocol):
     @property
     def busy(self) -> bool: ...
 
-    @property
-    def cpu_s(self) -> float: ...
-
     async def fetch_many(self, questions: Sequence[Question], *, send_for_s: float = ...) -> list[Answer]: ...
 
 
@@ -150,11 +147,8 @@ class LatencySampler:
             await self._meet(server)
         query_id = "a.query_id" if status.server_version_num >= _QUERY_ID_MAJOR * 10000 else "NULL::bigint"
         question = Question(LOOK_SQL % {"query_id": query_id}, (repr(self._tracker.since_s), self._role))
-        cpu_s = self._connection.cpu_s
         (answer,) = await self._connection.fetch_many([question])
-        cpu_s = self._connection.cpu_s - cpu_s
-        # A look waits for no lock and no disk: what of its time wasn't CPU was the way here and our own wait for a CPU.
-        self._budget.spent(TIER, cpu_s or answer.cost_s, self._clock.mono_s())
+        self._budget.spent(TIER, answer.cost_s, self._clock.mono_s())
         if answer.error is not None:
             self._tracker.miss()
             return

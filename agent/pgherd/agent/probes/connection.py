@@ -27,7 +27,7 @@ from psycopg import conninfo as libpq
 from pgherd.agent.config import NodeConfig, SamplingConfig
 from pgherd.agent.probes.dial import ConnectFailed, dial
 from pgherd.agent.probes.disk import is_local
-from pgherd.agent.probes.meter import BackendMeter, cost_shares
+from pgherd.agent.probes.meter import Meter, Usage, cost_shares, since
 from pgherd.agent.probes.pipeline import Exchange, Outcome, Prepared, Question, SilentServerError
 from pgherd.proto.clock import Clock
 from pgherd.proto.errors import ConfigError, PgherdError, PreconditionError, TransientError
@@ -107,7 +107,8 @@ class NodeConnection:
         self._turn = asyncio.Lock()  # fair: wakes its waiters in their order
         self._link: pq.abc.PGconn | None = None
         self._prepared = Prepared()
-        self._meter: BackendMeter | None = None
+        self._meter: Meter | None = None
+        self._own_meter: Meter | None = None
         self._adapters = adapt.AdaptersMap(psycopg.adapters)
         for type_name in ("text", "name", "varchar"):
             self._adapters.register_loader(type_name, _ReplacingTextLoader)
@@ -177,9 +178,10 @@ class NodeConnection:
             raise self._remember(error) from None
         self._prepared = Prepared()
         self._refusal = None
+        self._own_meter = Meter.of_this_thread()
         endpoint = self.endpoint
         if endpoint is not None and is_local(endpoint.host, endpoint.hostaddr):
-            self._meter = BackendMeter.open(self._link.backend_pid)
+            self._meter = Meter.of_backend(self._link.backend_pid)
         return True
 
     def _remember(self, error: PgherdError) -> PgherdError:
@@ -217,7 +219,7 @@ class NodeConnection:
         if link is None:
             lost: PgherdError = TransientError("postgres.unreachable", "there is no connection to the server", phase="answer")
             return [Answer([], lost, 0.0, 0.0) for _ in questions]
-        before = self._meter.read() if self._meter else None
+        before = self._accounts()
         exchange = Exchange(link, questions, self._prepared, self._clock.mono_s)
         rest: PgherdError = TransientError("postgres.timeout", "there was no time left to ask", phase="unasked")
         try:
@@ -237,11 +239,16 @@ class NodeConnection:
         except BaseException:  # cancelled in the middle of a conversation: nobody can take it up again
             self._discard()
             raise
-        after = self._meter.read() if self._meter else None
-        if before is not None and after is not None:
-            self.cpu_s += after.cpu_s - before.cpu_s
-        shares = cost_shares([outcome.duration_s for outcome in exchange.outcomes if outcome.sent], before, after)
+        after = self._accounts()
+        backend, own = since(before[0], after[0]), since(before[1], after[1])
+        if backend is not None:
+            self.cpu_s += backend.cpu_s
+        shares = cost_shares([outcome.duration_s for outcome in exchange.outcomes if outcome.sent], backend, own)
         return [self._answer(outcome, rest, next(shares) if outcome.sent else 0.0) for outcome in exchange.outcomes]
+
+    def _accounts(self) -> tuple[Usage | None, Usage | None]:
+        """The backend's and our own, None where they can't be read."""
+        return self._meter.read() if self._meter else None, self._own_meter.read() if self._own_meter else None
 
     def _answer(self, outcome: Outcome, rest: PgherdError, share_s: float) -> Answer:
         rows: Rows = []
@@ -284,9 +291,10 @@ class NodeConnection:
             link.finish()
 
     def _let_go(self) -> pq.abc.PGconn | None:
-        if self._meter is not None:
-            self._meter.close()
-        link, self._link, self._meter = self._link, None, None
+        for meter in (self._meter, self._own_meter):
+            if meter is not None:
+                meter.close()
+        link, self._link, self._meter, self._own_meter = self._link, None, None, None
         return link
 
     async def close(self, *, until_gone_s: float = 0.0) -> None:
