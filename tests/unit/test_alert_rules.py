@@ -67,6 +67,31 @@ def test_reads_recording_rules_with_plain_labels() -> None:
     assert rule.labels == {"team": "dba", "unit": "{{ not a template }}"}
 
 
+def test_keys_without_a_value_and_merged_ones_read_as_in_prometheus() -> None:
+    (group,) = _parse(
+        """
+        groups:
+          - name: g
+            interval: 0s
+            limit:
+            rules:
+              - &common
+                alert: A
+                expr: up == 0
+                for:
+                labels: {severity: page, nobody: null}
+                annotations:
+              - {<<: *common, alert: B}
+        """
+    )
+    assert group.interval_ns == 15_000_000_000
+    assert [(rule.alert, rule.for_ns, rule.annotations) for rule in group.alerting] == [("A", 0, {}), ("B", 0, {})]
+    assert [{name: text.text for name, text in rule.labels.items()} for rule in group.alerting] == [
+        {"severity": "page", "nobody": ""},
+        {"severity": "page", "nobody": ""},
+    ]
+
+
 def test_an_empty_file_holds_no_groups() -> None:
     assert _parse("") == _parse("groups: []") == _parse("# nothing yet") == ()
 
@@ -83,7 +108,8 @@ _RULE = "groups:\n- name: g\n  rules:\n  - alert: A\n    expr: up == 0\n"
         ("groups: {}", 1, "groups must be a list"),
         ("groups:\n- rules: []", 2, "a group has no name"),
         ("groups:\n- name: g\n  intervall: 1m", 3, "unknown key 'intervall'"),
-        ("groups:\n- name: g\n  interval: 0s", 3, "interval must be above 0"),
+        ("groups:\n- name: g\n  <<: 5", 2, "<< must name a mapping"),
+        (_RULE + "---\ngroups: []", 6, "not YAML"),
         ("groups:\n- name: g\n  interval: 1.5m", 3, "not a duration"),
         ("groups:\n- name: g\n  limit: -1", 3, "limit must be a whole number"),
         ("groups:\n- name: g\n  query_offset: soon", 3, "not a duration"),

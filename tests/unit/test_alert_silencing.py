@@ -216,6 +216,9 @@ def test_maintenance_over_http(client: AsgiClient) -> None:
     assert client.post("/api/v1/maintenance?scope=operator", json=once).json()["kind"] == "silence"
     assert client.get("/api/v1/silences").json()["items"][0]["comment"] == "move"
     assert client.post("/api/v1/maintenance?scope=operator", json={**once, "at": "02:00"}).status_code == 400
+    for start in ("9999-12-31T23:59", "0001-01-01T00:00", "9999-12-31T23:59-14:00", "2035-W01-1"):
+        answer = client.post("/api/v1/maintenance?scope=operator", json={**once, "start": start, "zone": "Europe/Zurich"})
+        assert answer.status_code == (201 if start.startswith("2035") else 400), start
     assert client.post("/api/v1/maintenance?scope=operator", json={**weekly_body, "zone": "Mars"}).status_code == 400
     assert client.request("DELETE", f"/api/v1/maintenance/{made['id']}?scope=operator").status_code == 200
     assert client.request("DELETE", f"/api/v1/maintenance/{made['id']}?scope=operator").status_code == 404

@@ -28,6 +28,8 @@ _GROUP_KEYS = ("name", "interval", "query_offset", "limit", "labels", "rules")
 _RULE_KEYS = ("alert", "record", "expr", "for", "keep_firing_for", "labels", "annotations")
 _ALERTS_ONLY = ("for", "keep_firing_for", "annotations")
 _METRIC_NAME_RE = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
+_MERGE_TAG = "tag:yaml.org,2002:merge"
+_MERGER = yaml.constructor.SafeConstructor()
 _LABEL_NAME_RE = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")
 _DURATION_RE = re.compile("".join(rf"(?:([0-9]+){unit})?" for unit in ("y", "w", "d", "h", "m", "s", "ms")))
 _DURATION_UNITS_MS = (365 * 86_400_000, 7 * 86_400_000, 86_400_000, 3_600_000, 60_000, 1_000, 1)
@@ -156,17 +158,24 @@ class YamlReader:
     def mapping(self, node: yaml.Node, keys: Sequence[str] | None, what: str) -> dict[str, yaml.Node]:
         if not isinstance(node, yaml.MappingNode):
             raise _invalid(self.where(node), f"{what} must be a mapping")
-        members: dict[str, yaml.Node] = {}
-        for key_node, value in node.value:
+        own: set[str] = set()
+        for key_node, _value in node.value:
+            if key_node.tag == _MERGE_TAG:
+                continue
             key = self.text(key_node, "a key")
-            if key in members:
+            if key in own:
                 raise _invalid(self.where(key_node), f"{key!r} appears twice")
+            own.add(key)
             if keys is not None and key not in keys:
                 close = difflib.get_close_matches(key, keys, n=1)
                 hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(keys)}"
                 raise _invalid(self.where(key_node), f"unknown key {key!r} in {what}", hint=hint)
-            members[key] = value
-        return members
+        try:
+            _MERGER.flatten_mapping(node)  # `<<: *other`; what stands here itself wins
+        except yaml.YAMLError as error:
+            raise _invalid(self.where(node), "<< must name a mapping") from error
+        # A key of the format without a value is as good as not there, as in Prometheus.
+        return {str(key.value): value for key, value in node.value if keys is None or not self.is_null(value)}
 
     def sequence(self, node: yaml.Node, what: str) -> list[yaml.Node]:
         if not isinstance(node, yaml.SequenceNode):
@@ -202,8 +211,8 @@ class YamlReader:
                 *((ALERT_NAME_LABEL,) if what == "labels" else ()),
             ):
                 raise _invalid(self.where(value), f"{name!r} can't be a name in {what}")
-            self.text(value, name)
-            found[name] = value
+            found[name] = value if not self.is_null(value) else yaml.ScalarNode("tag:yaml.org,2002:str", "", value.start_mark)
+            self.text(found[name], name)
         return found
 
 
@@ -218,9 +227,7 @@ class _File(YamlReader):
     def group(self, node: yaml.Node) -> Group:
         members = self.mapping(node, _GROUP_KEYS, "a group")
         name = self.required(members, "name", node, "a group")
-        interval_ns = self.duration_ns(members, "interval", self._interval_ns)
-        if interval_ns <= 0:
-            raise _invalid(self.where(members.get("interval", node)), "interval must be above 0")
+        interval_ns = self.duration_ns(members, "interval", 0) or self._interval_ns  # 0 is the general one, as in Prometheus
         limit_text = self.text(members["limit"], "limit") if "limit" in members else "0"
         if not limit_text.isdecimal():
             raise _invalid(self.where(members["limit"]), f"limit must be a whole number, not {limit_text!r}")

@@ -28,6 +28,7 @@ _SILENCE_MAX_S = 366 * 86_400.0
 _KEPT_NS = 5 * 86_400 * 1_000_000_000  # an ended silence stays visible this long
 _COUNT_MAX = 10_000
 _CACHE_MAX = 100_000
+_UNIX_NS_MAX = 1 << 62  # the year 2116; the store holds 63 bits
 
 
 def full_match(pattern: str, text: str) -> bool:
@@ -115,7 +116,7 @@ class Silencer:
         if (ends_unix_ns is None) == (duration_s is None):
             raise ConfigError("usage.invalid", "a silence has either an end or a duration")
         end = ends_unix_ns if ends_unix_ns is not None else start + int((duration_s or 0.0) * 1e9)
-        if not start < end or end <= now or end - start > int(_SILENCE_MAX_S * 1e9):
+        if not 0 <= start < end < _UNIX_NS_MAX or end <= now or end - start > int(_SILENCE_MAX_S * 1e9):
             raise ConfigError("usage.invalid", "a silence ends after it begins, in the future, and lasts at most a year")
         _check(matchers)
         id_ = str(uuid.uuid4())
