@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import re
@@ -33,6 +32,7 @@ from pgherd.runtime.render import command_main
 from pgherd.storage.control.schema import agents, nodes
 from pgherd.storage.control.store import ControlStore
 from support.collector import Collector, collector
+from support.disk import fill
 from support.otlp import simple
 from support.waiting import wait_until
 
@@ -229,16 +229,6 @@ def test_what_it_can_t_start_on_is_named(healthy: Collector, damage: str, capfd:
     assert "Traceback" not in told
 
 
-def _fill(path: Path) -> None:
-    with path.open("ab", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-
-
 def test_on_a_full_disk_ingest_refuses_queries_go_on_and_it_comes_back_alone() -> None:
     """The whole collector on 32 MiB; needs the right to mount a tmpfs (root), skipped elsewhere."""
     with collector() as herd:
@@ -292,7 +282,7 @@ def _full_disk_story(herd: Collector) -> None:
         ballast = herd.state / "ballast"
         sequence, refused = 2, 0
         while refused < 3:
-            _fill(ballast)
+            fill(ballast)
             if ship(sequence) is grpc.StatusCode.OK:
                 sequence += 1
             else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pgherd.proto.errors import TransientError
+from support.disk import fill
 from support.series import BASE_MS, batch, layout, name_is, open_store, quiet
 from support.waiting import wait_until
 
@@ -24,17 +24,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"can't mount a tmpfs: {mounted.stderr.strip()}")
     yield tmp_path
     subprocess.run(["umount", "-l", str(tmp_path)], check=True)
-
-
-def fill(path: Path) -> None:
-    """Write until nothing fits any more."""
-    with path.open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
 
 
 def test_store_on_a_full_disk_serves_reads_refuses_writes_and_recovers_alone(small_disk: Path) -> None:

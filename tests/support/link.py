@@ -14,7 +14,7 @@ class Link:
     """Forwards connections from its own port to `target_port`, both on 127.0.0.1. Use as a context manager.
 
     `cut` closes everything and refuses what comes. `deaf` keeps every connection open and moves no byte, as a peer that
-    vanished behind a firewall: whoever sends fills the kernel's buffers and hears nothing.
+    vanished behind a firewall: whoever sends fills the kernel's buffers and hears nothing, and who dials gets nowhere.
     """
 
     def __init__(self, target_port: int) -> None:
@@ -23,6 +23,7 @@ class Link:
         self._open.set()
         self._lock = threading.Lock()
         self._sockets: set[socket.socket] = set()
+        self._parked: list[socket.socket] = []  # dialled while the link was deaf
         self._refuses = False
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -44,6 +45,7 @@ class Link:
         with self._lock:
             self._refuses = True
             sockets, self._sockets = self._sockets, set()
+        self._release()
         for one in sockets:
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
@@ -58,6 +60,13 @@ class Link:
         with self._lock:
             self._refuses = False
         self._open.set()
+        self._release()
+
+    def _release(self) -> None:
+        with self._lock:
+            parked, self._parked = self._parked, []
+        for one in parked:
+            one.close()  # it dials again
 
     @property
     def connections(self) -> int:
@@ -73,6 +82,9 @@ class Link:
                 return
             with self._lock:
                 refuses = self._refuses
+                if not self._open.is_set():
+                    self._parked.append(near)
+                    continue
             try:
                 far = None if refuses else socket.create_connection(("127.0.0.1", self._target_port), timeout=5)
             except OSError:

@@ -111,7 +111,7 @@ def test_what_cannot_be_taken_is_rejected_with_its_reason() -> None:
     metric(made, "early", [({}, 1.0)], time_ns=NOW_NS + 601 * 10**9)
     metric(made, "timeless", [({}, 1.0)], time_ns=0)
     decoded = otlp.decode(request.SerializeToString(), "agent", LIMITS)
-    taken = admitted(decoded, None, NOW_NS, LIMITS)
+    taken = admitted(decoded, None, (NOW_NS,), LIMITS)
     assert taken.rejected == {
         Reason.DELTA: 2, Reason.NAME: 1, Reason.LABELS: 4, Reason.TEMPORALITY: 2, Reason.BUCKETS: 6, Reason.NO_VALUE: 1,
         Reason.PAST: 3, Reason.FUTURE: 1,
@@ -122,11 +122,11 @@ def test_what_cannot_be_taken_is_rejected_with_its_reason() -> None:
 def test_time_bounds_are_closed_and_survive_extremes() -> None:
     limits = AdmitLimits(future_max_s=1.0, past_max_s=1.0)
     times = np.array([NOW_NS - 10**9, NOW_NS + 10**9, NOW_NS - 10**9 - 1, NOW_NS + 10**9 + 1, 0, (1 << 64) - 1], np.uint64)
-    kept, rejected = admit_times(times, np.arange(len(times), dtype=np.int32), NOW_NS, limits)
+    kept, rejected = admit_times(times, np.arange(len(times), dtype=np.int32), (NOW_NS,), limits)
     assert kept is not None
     assert kept.tolist() == [True, True, False, False, False, False]
     assert rejected == {Reason.PAST: 2, Reason.FUTURE: 2}
-    assert admit_times(times[:2], np.arange(2, dtype=np.int32), NOW_NS, limits)[0] is None
+    assert admit_times(times[:2], np.arange(2, dtype=np.int32), (NOW_NS,), limits)[0] is None
 
 
 def test_too_many_points_are_refused_whole() -> None:

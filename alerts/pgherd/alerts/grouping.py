@@ -91,7 +91,9 @@ def _due(state: GroupState, news: list[Note], timing: Timing, now_unix_ns: int) 
     if state.notified_unix_ns is not None:
         # A stamp in the future comes from a clock that was wrong; waiting for it could take years.
         return state.notified_unix_ns + timing.interval_ns if state.notified_unix_ns <= now_unix_ns else now_unix_ns
-    return min((min(note.starts_unix_ns, now_unix_ns) + timing.wait_ns for note in news), default=now_unix_ns)
+    # The same for a beginning in the future: the wait would begin anew with every look.
+    starts = (note.starts_unix_ns for note in news)
+    return min((start + timing.wait_ns if start <= now_unix_ns else now_unix_ns for start in starts), default=now_unix_ns)
 
 
 def _nothing_new(state: GroupState, audible: Mapping[str, Note], timing: Timing, now_unix_ns: int) -> Decision:

@@ -64,6 +64,7 @@ class OutboxWorker:
         self._settings = settings or OutboxSettings()
         self._dice = dice or random.Random()
         self._news = {receiver.name: asyncio.Event() for receiver in receivers}
+        self._taken: set[int] = set()  # ids of letters that a receiver took, though that is not durable yet
         self.counters = {receiver.name: OutboxCounters() for receiver in receivers}
 
     def wake(self) -> None:
@@ -113,7 +114,9 @@ class OutboxWorker:
         letters = await asyncio.to_thread(self._due, receiver.name)
         for letter in letters:
             try:
-                await receiver.deliver(from_document(letter.payload))
+                if letter.id not in self._taken:
+                    await receiver.deliver(from_document(letter.payload))
+                    self._taken.add(letter.id)
             except (DeliveryError, IntegrityError) as error:
                 self.counters[receiver.name].failed += 1
                 await asyncio.to_thread(self._mark_failed, letter, error)
@@ -121,7 +124,8 @@ class OutboxWorker:
                     raise
                 _log.error("notify.refused", receiver=receiver.name, letter=letter.id, error=error.message, code=error.code)
                 continue
-            await asyncio.to_thread(self._mark_delivered, letter)
+            await asyncio.to_thread(self._mark_delivered, letter)  # a full disk keeps this from being written, for hours
+            self._taken.discard(letter.id)
             self.counters[receiver.name].delivered += 1
         return len(letters)
 

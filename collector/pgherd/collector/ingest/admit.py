@@ -100,14 +100,15 @@ def _mismatch(what: str, peer: Peer) -> DeniedError:
 
 
 def admit_times(
-    times_ns: NDArray[np.uint64], ordinals: NDArray[np.int32], now_unix_ns: int, limits: AdmitLimits
+    times_ns: NDArray[np.uint64], ordinals: NDArray[np.int32], nows_unix_ns: tuple[int, ...], limits: AdmitLimits
 ) -> tuple[NDArray[np.bool_] | None, Counter[Reason]]:
     """Which samples lie within the stated bounds of the collector's clock; None means all of them.
 
-    Counted are the data points that they are from: `ordinals`, ascending.
+    What is refused here is lost for good, so after a step of that clock both times count: what it says, and what it would
+    say without the step. Counted are the data points that the samples are from: `ordinals`, ascending.
     """
-    newest = np.uint64(max(0, now_unix_ns + int(limits.future_max_s * 1e9)))
-    oldest = np.uint64(max(0, now_unix_ns - int(limits.past_max_s * 1e9)))
+    newest = np.uint64(max(0, max(nows_unix_ns) + int(limits.future_max_s * 1e9)))
+    oldest = np.uint64(max(0, min(nows_unix_ns) - int(limits.past_max_s * 1e9)))
     future, past = times_ns > newest, times_ns < oldest
     rejected: Counter[Reason] = Counter()
     if not (future.any() or past.any()):

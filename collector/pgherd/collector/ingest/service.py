@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -48,6 +49,7 @@ from pgherd.collector.ingest.quota import Quota, Quotas
 from pgherd.collector.ingest.shape import ShapeCache
 from pgherd.proto.clock import Clock
 from pgherd.proto.errors import PeerError, PgherdError, TransientError
+from pgherd.proto.steps import UnsteppedClock
 from pgherd.runtime.logging import get_logger
 from pgherd.storage.series.batch import Batch, Receipt, Shipment
 
@@ -108,6 +110,7 @@ class MetricsService:
         self._current_peer = current_peer
         self._owns = owns
         self._clock = clock
+        self._steady, self._steadying = UnsteppedClock(clock), threading.Lock()
         self._settings = settings
         self._decoders = ThreadPoolExecutor(settings.decoders, thread_name_prefix="otlp-decode")
         self._quotas = Quotas(settings.quota)
@@ -198,12 +201,16 @@ class MetricsService:
             if not self._held_back[sender]:
                 del self._held_back[sender]
 
+    def _nows_unix_ns(self) -> tuple[int, int]:
+        with self._steadying:
+            return self._clock.wall_unix_ns(), self._steady.wall_unix_ns()
+
     def _admit(self, parts: Sequence[Part], peer: Peer) -> list[Admitted]:
         taken = []
         for part in parts:
             decoded = self.shapes.decode(part.body, peer)
             check_claims(peer, decoded.claims, self._owns)
-            made = admitted(decoded, part.shipment, self._clock.wall_unix_ns(), self._settings.limits)
+            made = admitted(decoded, part.shipment, self._nows_unix_ns(), self._settings.limits)
             taken.append(replace(made, batch=replace(made.batch, owner=sender_of(peer))))
         return taken
 
@@ -317,9 +324,9 @@ class Admitted:
     rejected: Counter[Reason]
 
 
-def admitted(decoded: Decoded, shipment: Shipment | None, now_unix_ns: int, limits: AdmitLimits) -> Admitted:
+def admitted(decoded: Decoded, shipment: Shipment | None, nows_unix_ns: tuple[int, ...], limits: AdmitLimits) -> Admitted:
     """What of a decoded request goes to the store."""
-    kept, rejected = admit_times(decoded.times_ns, decoded.ordinals, now_unix_ns, limits)
+    kept, rejected = admit_times(decoded.times_ns, decoded.ordinals, nows_unix_ns, limits)
     rejected.update(decoded.rejected)
     series, times, values, ordinals = decoded.series, decoded.times_ns, decoded.values, decoded.ordinals
     if kept is not None:

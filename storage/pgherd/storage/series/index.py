@@ -43,6 +43,13 @@ class SeriesIndex:
         """The id that the next new series gets."""
         return self._next_id
 
+    @property
+    def newest_ms(self) -> int | None:
+        """The time of the newest sample known; None without any."""
+        with self._lock:
+            newest = int(self._last_ms.max())
+        return None if newest == _NEVER_MAX else newest
+
     def id_of(self, labels: Labels) -> int | None:
         """The id of exactly this label set."""
         return self._id_of.get(labels)

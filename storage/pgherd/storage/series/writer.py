@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from pgherd.proto.clock import Clock
 from pgherd.proto.errors import PgherdError
+from pgherd.proto.steps import UnsteppedClock
 from pgherd.runtime.logging import get_logger
 from pgherd.storage.series.batch import Batch, Receipt, Tap
 from pgherd.storage.series.catalog import Catalog, labels_to_json
@@ -27,6 +28,7 @@ from pgherd.storage.series.queue import CommitQueue, Waiting
 
 _CHECKPOINT_MARGIN_BYTES = 4 * 1024 * 1024
 _CHECKPOINT_REST_MAX_S = 30.0
+_AWAY_MS = 86400_000  # a collector that was away for longer waits a day before it deletes
 
 log = get_logger(__name__)
 
@@ -84,6 +86,9 @@ class Writer:
         self._checkpoint_last = True
         self._next_checkpoint_mono_s = clock.mono_s() + settings.checkpoint_interval_s
         self._checkpoint_rest_mono_s = 0.0
+        # What is deleted is gone: a clock that steps, or is years ahead at boot, is followed only after a day.
+        last_unix_ms = catalog.index.newest_ms
+        self._steady = UnsteppedClock(clock, None if last_unix_ms is None else (last_unix_ms + _AWAY_MS) * 1_000_000)
         self._next_expiry_mono_s = clock.mono_s() + min(10.0, settings.expiry_interval_s)
         self.catalog = catalog
         self.counters = WriterCounters()
@@ -267,7 +272,10 @@ class Writer:
     def _expire(self) -> None:
         try:
             self._recover()
-            points, series = self._expiry.step(self._database.connection, self.catalog, self._clock.wall_unix_ns() // 1_000_000)
+            now_unix_ns = min(self._clock.wall_unix_ns(), self._steady.wall_unix_ns())
+            if self._steady.has_stepped:
+                log.warning("series.expiry_by_former_clock", reason="the wall clock stepped; it is followed after a day")
+            points, series = self._expiry.step(self._database.connection, self.catalog, now_unix_ns // 1_000_000)
         except (duckdb.Error, PgherdError) as error:
             log.warning("series.expiry_failed", reason=first_line(error))
             self._recover_from(error)
