@@ -90,6 +90,15 @@ def rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
             f"{judging['cpu_share_of_one_core']:.1%} of a core",
         ),
     ]
+    for kind, what in (("idle", "idle agents"), ("shipping", "agents shipping at the default rates")):
+        held = report["agents"][kind]
+        table.append(
+            (
+                f"collector with {held['agents']} {what}",
+                f"{held['rss_peak_bytes'] / MIB:.0f} MiB, {held['cpu_share_of_one_core']:.0%} of a core",
+                f"{held['descriptors']} descriptors, {held['points_per_s']} points/s; back in {held['back_s']:.0f} s after kill -9",
+            )
+        )
     for process in demo["processes"]:
         memory = f"{process['resident_bytes'] / MIB:.0f} MiB, with children at most {process['peak_bytes_with_children'] / MIB:.0f} MiB"
         table.append(
@@ -108,6 +117,9 @@ def main() -> int:
         "ingest": run(HERE / "bench_ingest.py", "--seconds", "5" if quick else "20"),
         "sampling": run(HERE / "bench_sampling.py", "--cycles", "50" if quick else "200"),
         "query": run(HERE / "bench_query.py", "--series", "200" if quick else "1000"),
+        "agents": run(
+            HERE / "bench_idle_agents.py", *(("--idle", "200", "--shipping", "20", "--seconds", "20") if quick else ())
+        ),
         "lag": run(HERE / "bench_lag.py", "--scale", "1" if quick else "2"),
         "backup": run(HERE / "bench_backup.py", "--rows", "200000" if quick else "2000000"),
         "demo": run(DEMO, "--for", "60s", "--json"),
