@@ -6,7 +6,6 @@ was asked, so that tests can check the engine's fetches.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pgherd.proto.selectors import Matcher, MatchOp
+from pgherd.storage.series.patterns import full_matches
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,6 +84,6 @@ def matches(matcher: Matcher, labels: Mapping[str, str]) -> bool:
         case MatchOp.NOT_EQUAL:
             return value != matcher.value
         case MatchOp.REGEX:
-            return re.fullmatch(matcher.value, value, re.DOTALL) is not None
+            return bool(full_matches(matcher.value, [value])[0])
         case MatchOp.NOT_REGEX:
-            return re.fullmatch(matcher.value, value, re.DOTALL) is None
+            return not full_matches(matcher.value, [value])[0]

@@ -416,3 +416,43 @@ def test_times() -> None:
 )  # fmt: skip
 def test_label_names_in_paths(text: str, name: str) -> None:
     assert decode_label_name(text) == name
+
+
+def test_annotations_stand_beside_the_data(api: Api) -> None:
+    _, document = api.get("query", query="rate(up[5m])")
+    assert document["infos"] == [
+        'PromQL info: metric might not be a counter, name does not end in _total/_sum/_count/_bucket: "up"'
+    ]
+    assert "warnings" not in document
+    _, document = api.get("query", query="quantile(2, up)")
+    assert document["warnings"] == ["PromQL warning: quantile value should be between 0 and 1, got 2"]
+    assert document["data"]["result"][0]["value"][1] == "+Inf"
+    _, document = api.get("query", query="histogram_quantile(0.5, up)")
+    assert document["warnings"] == ['PromQL warning: bucket label "le" is missing or has a malformed value of ""']
+    _, document = api.get("query_range", query="sort(up)", start=1700000000, end=1700000600, step=60)
+    assert "sort is ineffective" in document["warnings"][0]
+    assert "infos" not in api.get("query", query="rate(x_total[5m])")[1]
+    many = "+".join(f"quantile({number}, up)" for number in range(2, 17))
+    _, document = api.get("query", query=many)
+    assert len(document["warnings"]) == 11
+    assert document["warnings"][-1] == "5 more warning annotations omitted"
+
+
+def test_stats_say_how_long_it_took(api: Api) -> None:
+    for path, parameters in (("query", {}), ("query_range", {"start": 1700000000, "end": 1700000600, "step": 60})):
+        data = api.data(path, query="up", stats="all", **parameters)
+        assert data["result"]
+        assert data["stats"]["timings"].keys() == {"evalTotalTime", "execQueueTime", "execTotalTime"}
+    assert "stats" not in api.data("query", query="up")
+
+
+def test_expressions_are_formatted(api: Api) -> None:
+    assert api.data("format_query", query='sum(rate(up{a="b"}[5m]))by(job)') == 'sum by (job) (rate(up{a="b"}[5m]))'
+    assert api.get("format_query", query="sum(")[0] == 400
+
+
+def test_the_schema_names_what_the_routes_read(api: Api) -> None:
+    schema = api.client.get("/openapi.json").json()
+    query_range = schema["paths"]["/prometheus/api/v1/query_range"]
+    assert {one["name"] for one in query_range["get"]["parameters"]} >= {"query", "start", "end", "step", "limit", "timeout"}
+    assert "application/x-www-form-urlencoded" in query_range["post"]["requestBody"]["content"]

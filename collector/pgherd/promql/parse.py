@@ -91,6 +91,12 @@ def parse(text: str) -> Expr:
         raise _parse_error(str(error)) from None
 
 
+def formatted(text: str) -> str:
+    """The expression as the package writes it, long ones on several lines. Raises `promql.parse`."""
+    pretty: str = _foreign(text).prettify()
+    return pretty
+
+
 def parse_selector(text: str) -> tuple[Matcher, ...]:
     """The matchers of a plain series selector, as `match[]` of the HTTP API takes it.
 

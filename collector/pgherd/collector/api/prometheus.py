@@ -7,8 +7,8 @@ Every answer is `{"status": …}` with Prometheus' errorType and HTTP status, er
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
 
@@ -18,7 +18,7 @@ from pgherd.collector.api.query_pool import QueryPool
 from pgherd.collector.config import QueryConfig
 from pgherd.promql.annotations import Annotations
 from pgherd.promql.engine import Limits, evaluate_instant, evaluate_range
-from pgherd.promql.parse import parse
+from pgherd.promql.parse import formatted, parse
 from pgherd.promql.source import TIME_MAX_MS, CatalogSource
 from pgherd.promql.values import Matrix, Value, Vector
 from pgherd.promql.windows import Checkpoint
@@ -63,22 +63,50 @@ def prometheus_router(source: CatalogSource, pool: QueryPool, config: QueryConfi
     api = PrometheusApi(source, pool, config, clock, version)
     router = APIRouter()
 
-    def add(path: str, methods: Sequence[str], handler: Callable[[Request], Handler]) -> None:
+    def add(path: str, methods: Sequence[str], handler: Callable[[Request], Handler], *parameters: str) -> None:
         async def endpoint(request: Request) -> Response:
             return await _answer(request, handler(request))
 
-        router.add_api_route(path, endpoint, methods=list(methods), response_class=Response, name=f"prometheus {path}")
+        for method in methods:
+            router.add_api_route(
+                path,
+                endpoint,
+                methods=[method],
+                response_class=Response,
+                name=f"prometheus {path}",
+                operation_id=f"prometheus {method} {path}",
+                openapi_extra=_described(path, method, parameters),
+            )
 
     both, get = ("GET", "POST"), ("GET",)
-    add("/api/v1/query", both, lambda _: api.query)
-    add("/api/v1/query_range", both, lambda _: api.query_range)
-    add("/api/v1/query_exemplars", both, lambda _: api.query_exemplars)
-    add("/api/v1/series", both, lambda _: api.series)
-    add("/api/v1/labels", both, lambda _: api.labels)
-    add("/api/v1/label/{name:path}/values", get, lambda request: api.values_of(request.path_params["name"]))
-    add("/api/v1/metadata", get, lambda _: api.metadata)
+    evaluation = ("query", "timeout", "limit", "lookback_delta", "stats")
+    browsing = ("match[]", "start", "end", "limit")
+    add("/api/v1/query", both, lambda _: api.query, *evaluation, "time")
+    add("/api/v1/query_range", both, lambda _: api.query_range, *evaluation, "start", "end", "step")
+    add("/api/v1/query_exemplars", both, lambda _: api.query_exemplars, "query", "start", "end")
+    add("/api/v1/format_query", both, lambda _: api.format_query, "query")
+    add("/api/v1/series", both, lambda _: api.series, *browsing)
+    add("/api/v1/labels", both, lambda _: api.labels, *browsing)
+    add("/api/v1/label/{name:path}/values", get, lambda request: api.values_of(request.path_params["name"]), *browsing)
+    add("/api/v1/metadata", get, lambda _: api.metadata, "metric", "limit", "limit_per_metric")
     add("/api/v1/status/buildinfo", get, lambda _: api.buildinfo)
     return router
+
+
+def _described(path: str, method: str, parameters: Sequence[str]) -> dict[str, Any]:
+    """The route's parameters for OpenAPI: strings all, since that is how Prometheus' clients send times and numbers."""
+    schemas: dict[str, dict[str, Any]] = {
+        name: {"type": "array", "items": {"type": "string"}} if name.endswith("[]") else {"type": "string"}
+        for name in parameters
+    }
+    places: list[dict[str, Any]] = [{"name": name, "in": "query", "schema": schema} for name, schema in schemas.items()]
+    if "{" in path:
+        places.append({"name": "name", "in": "path", "required": True, "schema": {"type": "string"}})
+    described: dict[str, Any] = {"parameters": places}
+    if method == "POST":
+        form = {"schema": {"type": "object", "properties": schemas}}
+        described["requestBody"] = {"content": {"application/x-www-form-urlencoded": form}}
+    return described
 
 
 async def _answer(request: Request, handler: Handler) -> Response:
@@ -124,7 +152,7 @@ class PrometheusApi:
             limits, notes = self._limits(lookback_ms, checkpoint), Annotations()
             return _result(evaluate_instant(expr, at_ms, self._source, limits, notes), notes, limit, checkpoint)
 
-        return await self._pool.run(work, self._timeout_s(parameters))
+        return await self._evaluated(work, parameters)
 
     async def query_range(self, parameters: Parameters) -> Success:
         """An expression at every step between `start` and `end`."""
@@ -139,13 +167,17 @@ class PrometheusApi:
             value = evaluate_range(expr, start_ms, end_ms, step_ms, self._source, limits, notes)
             return _result(value, notes, limit, checkpoint)
 
-        return await self._pool.run(work, self._timeout_s(parameters))
+        return await self._evaluated(work, parameters)
 
     async def query_exemplars(self, parameters: Parameters) -> Success:
         """Always empty: pgherd's agents record no exemplars."""
         parse(parameters.text("query"))
         parameters.range_ms(-TIME_MAX_MS, TIME_MAX_MS)
         return Success(b"[]")
+
+    async def format_query(self, parameters: Parameters) -> Success:
+        """The expression laid out for reading."""
+        return Success(dump(formatted(parameters.text("query"))))
 
     async def series(self, parameters: Parameters) -> Success:
         """Label sets of the series that any `match[]` selects."""
@@ -206,6 +238,25 @@ class PrometheusApi:
                 }
             )
         )
+
+    async def _evaluated(self, work: Callable[[Checkpoint], Success], parameters: Parameters) -> Success:
+        """Run a query in the pool; with `stats` the answer says how long it waited and worked."""
+        asked_mono_s = self._clock.mono_s()
+        if not parameters.text("stats"):
+            return await self._pool.run(work, self._timeout_s(parameters))
+
+        def timed(checkpoint: Checkpoint) -> Success:
+            begun_mono_s = self._clock.mono_s()
+            success = work(checkpoint)
+            ended_mono_s = self._clock.mono_s()
+            timings = {
+                "evalTotalTime": ended_mono_s - begun_mono_s,
+                "execQueueTime": begun_mono_s - asked_mono_s,
+                "execTotalTime": ended_mono_s - asked_mono_s,
+            }
+            return replace(success, data=success.data[:-1] + b',"stats":' + dump({"timings": timings}) + b"}")
+
+        return await self._pool.run(timed, self._timeout_s(parameters))
 
     async def _browse(
         self,
