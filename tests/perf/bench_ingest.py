@@ -26,6 +26,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 import numpy as np
 
 from pgherd.collector.ingest.admit import AdmitLimits
+from pgherd.collector.ingest.quota import Quota
 from pgherd.collector.ingest.service import SERVICE, MetricsService, ServiceSettings
 from pgherd.collector.ingest.shape import scan
 from pgherd.runtime.clock import SystemClock
@@ -54,7 +55,7 @@ def serve(directory: str, pipe: Connection) -> None:
             current_peer=lambda context: _Agent(dict(context.invocation_metadata())["pgherd-incarnation"]),
             owns=lambda _agent, _node: True,
             clock=SystemClock(),
-            settings=ServiceSettings(limits=AdmitLimits(request_bytes_max=64 * 1024 * 1024)),
+            settings=ServiceSettings(limits=AdmitLimits(request_bytes_max=64 * 1024 * 1024), quota=Quota(1e9, 1e12)),
         )
         server = grpc.aio.server(options=[("grpc.max_receive_message_length", 64 * 1024 * 1024)])
         server.add_generic_rpc_handlers((service.handler(),))
