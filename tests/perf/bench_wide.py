@@ -30,7 +30,7 @@ from pgherd.agent.statements.reader import StatementReader
 from pgherd.runtime.queue.spool import Spool
 from pgherd.runtime.clock import SystemClock
 from pgherd.runtime.logging import configure
-conninfo, directory, cycles = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+conninfo, directory, cycles, databases = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 configure(level="warning")
 async def main():
     clock, process = SystemClock(), psutil.Process()
@@ -49,7 +49,7 @@ async def main():
         await sampler.cycle()
         walls.append(time.perf_counter() - started)
     rss_cycles = process.memory_info().rss
-    while not walks or walks[-1]["end"] != "whole" and len(walks) < 60:
+    while sum(walk["reached"] for walk in walks) < databases and len(walks) < 100:
         before = process.cpu_times()
         report = await rounds.walk()
         after = process.cpu_times()
@@ -100,7 +100,8 @@ def main() -> None:
             if asked >= options.statements:
                 break
         server.execute("CHECKPOINT")
-        argv = [sys.executable, "-c", _SAMPLER, server.conninfo("monitor"), str(Path(directory) / "spool"), str(options.cycles)]
+        argv = [sys.executable, "-c", _SAMPLER, server.conninfo("monitor"), str(Path(directory) / "spool")]
+        argv += [str(options.cycles), str(options.databases)]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=900)
         if done.returncode != 0:
             raise SystemExit(done.stderr)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import os
 import signal
 import threading
@@ -11,10 +13,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import psycopg
 import pytest
 
 from pgherd.agent.config import RoundsConfig
+from pgherd.agent.probes.dial import ConnectFailed, dial, told
 from pgherd.agent.rounds.walk import REPEAT_S
 from support.postgres import Fleet, Server, majors
 from support.rounds import GENEROUS, Stated, walker
@@ -306,6 +310,48 @@ def test_the_last_connection_slots_are_left_to_others(postgres_fleet: Fleet, tmp
 
     asyncio.run(work())
     server.stop()
+
+
+def test_connections_that_come_and_go_leave_no_memory_behind(postgres: Server) -> None:
+    """Walks open hundreds a day, an outage thousands: a few KiB each would end the agent within a week."""
+    process = psutil.Process()
+
+    async def connect(times: int, conninfo: str) -> None:
+        for _ in range(times):
+            with contextlib.suppress(ConnectFailed):
+                (await dial(conninfo)).finish()
+
+    async def work(conninfo: str) -> int:
+        await connect(100, conninfo)
+        gc.collect()
+        before = process.memory_info().rss
+        await connect(300, conninfo)
+        gc.collect()
+        return process.memory_info().rss - before
+
+    for conninfo in (postgres.conninfo(), postgres.conninfo("nobody_of_that_name")):
+        grown = asyncio.run(work(conninfo))
+        print(f"{grown / 300:.0f} bytes a connection")
+        assert grown < 300 * 2048, "psycopg's trace costs 4.5 KiB each"
+
+
+@pytest.mark.parametrize(
+    ("message", "text", "state"),
+    [
+        ('connection to server at "h", port 1 failed: Connection refused', None, ""),
+        (
+            "… failed: FATAL:  28P01: Passwort falsch\nORT:  auth_failed, auth.c:326",
+            "… failed: FATAL:  Passwort falsch",
+            "28P01",
+        ),
+        ("… failed: ФАТАЛЬНО:  53300: слишком много\nDETAIL:  x\nПОЛОЖЕНИЕ:  f, proc.c:1", None, "53300"),
+        ("… failed: FATAL:  role does not exist", None, ""),
+    ],
+)
+def test_why_a_connection_was_refused_is_known_in_any_language(message: str, text: str | None, state: str) -> None:
+    assert told(message)[1] == state
+    if text is not None:
+        assert told(message)[0] == text
 
 
 def test_what_is_known_is_repeated_with_its_age_and_ends_with_the_server(private_postgres: Server, tmp_path: Path) -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import re
-import uuid
-from typing import Final
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final, cast
 
 import psycopg
 from psycopg import pq
-
-_SQLSTATE_RE: Final = re.compile(rb'ErrorResponse\b[^\n]*? C "([0-9A-Z]{5})"')
 
 
 class ConnectFailed(psycopg.OperationalError):
@@ -27,20 +27,16 @@ class ConnectFailed(psycopg.OperationalError):
 async def dial(conninfo: str) -> pq.abc.PGconn:
     """Open a libpq connection without blocking the loop and without a deadline: the caller waits or leaves it.
 
-    libpq hides the SQLSTATE of a refused connection and its text is in the server's language, so the
-    protocol trace of the attempt is kept in memory and read for it (libpq >= 14; older: text alone).
     Raises ConnectFailed.
     """
     link: pq.abc.PGconn = await asyncio.to_thread(pq.PGconn.connect_start, conninfo.encode())
-    trace_fd = os.memfd_create(f"pgherd-{uuid.uuid4()}")
     try:
         if link.status != pq.ConnStatus.BAD:
-            with contextlib.suppress(psycopg.NotSupportedError):
-                link.trace(trace_fd)
+            _set_verbosity(link, _VERBOSE)
         while link.status != pq.ConnStatus.BAD:
             match link.connect_poll():
                 case pq.PollingStatus.OK:
-                    link.untrace()
+                    _set_verbosity(link, _DEFAULT)
                     link.nonblocking = 1
                     return link
                 case pq.PollingStatus.READING:
@@ -49,16 +45,45 @@ async def dial(conninfo: str) -> pq.abc.PGconn:
                     await _ready(link.socket, write=True)
                 case _:
                     break
-        message = link.get_error_message("utf-8").strip()
-        needs_password = bool(link.needs_password)
-        link.untrace()
-        found = _SQLSTATE_RE.findall(os.pread(trace_fd, 1 << 16, 0))
-        raise ConnectFailed(message, found[-1].decode() if found else "", needs_password)
+        raise ConnectFailed(*told(link.get_error_message("utf-8")), bool(link.needs_password))
     except BaseException:
         link.finish()
         raise
-    finally:
-        os.close(trace_fd)
+
+
+# libpq hides the SQLSTATE of a refused connection, and its text is in the server's language. A verbose message holds it:
+# "FATAL:  28P01: password authentication failed …" and a last line with the place in the server's source. (A protocol
+# trace holds it too, but psycopg leaks its stream: 4.5 KiB a connection.)
+_DEFAULT: Final = 1
+_VERBOSE: Final = 2
+_STATE_RE: Final = re.compile(r":  ([0-9A-Z]{5}): ")
+_PLACE_RE: Final = re.compile(r"\n[^\n:]+:\s+\w+, \w+\.\w+:\d+\s*$")
+
+
+def told(message: str) -> tuple[str, str]:
+    """(text, SQLSTATE or "") of a libpq message, verbose or not."""
+    found = _STATE_RE.search(message)
+    if found is None:
+        return message.strip(), ""
+    return _PLACE_RE.sub("", _STATE_RE.sub(":  ", message, count=1)).strip(), found[1]
+
+
+@lru_cache(maxsize=1)
+def _libpq() -> ctypes.CDLL | None:
+    """The libpq that psycopg has loaded, for what it doesn't offer; None when it can't be told which."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+        path = next(line.split(maxsplit=5)[5] for line in lines if "/libpq" in line)
+        library = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+        library.PQsetErrorVerbosity.argtypes = [ctypes.c_void_p, ctypes.c_int]
+        return library
+    return None
+
+
+def _set_verbosity(link: pq.abc.PGconn, verbosity: int) -> None:
+    library = _libpq()
+    if library is not None:
+        library.PQsetErrorVerbosity(cast(Any, link).pgconn_ptr, verbosity)  # there, but not in the protocol
 
 
 async def _ready(fd: int, *, write: bool) -> None:
