@@ -66,39 +66,59 @@ FAMILIES = (
 )  # fmt: skip
 
 
+def bits(value: float) -> int:
+    return int(np.array([value]).view(np.uint64)[0])
+
+
 def test_as_otlp_another_collector_stores_the_same_series() -> None:
-    names = [
-        "pg_x_total",
-        "pg_up",
-        "lat_seconds_bucket",
-        "lat_seconds_count",
-        "lat_seconds_sum",
-        "sum_up",
-        "sum_up_count",
-        "odd_name",
-    ]
-    series = [labels_of({**AGENT_LABELS, "__name__": name} | ({"le": "1"} if "bucket" in name else {})) for name in names]
+    """Through our own ingest: every series, value and marker comes out as it went in, but for job, cluster and node."""
+    names = ["pg_x_total", "pg_up", "sum_up", "sum_up_count", "odd_name", "lat_seconds_count", "lat_seconds_sum"]
+    series = [labels_of({**AGENT_LABELS, "__name__": name}) for name in names]
+    bounds = ["0.5", "1", "1.189207115002721", "+Inf"]
+    series += [labels_of({**AGENT_LABELS, "__name__": "lat_seconds_bucket", "le": le}) for le in bounds]
     series.append(labels_of({"__name__": "foreign", "job": "prod/shop", "instance": "i", "http_method": "GET"}))
-    points = [(i, 1_795_000_000_000, int(np.array([float(i)]).view(np.uint64)[0])) for i in range(len(series))]
-    points.append((1, 1_795_000_001_000, STALE_NAN_BITS))
+    values = [3.0, 1.0, 2.5, 7.0, -1.0, 9.0, 4.75, 2.0, 5.0, 5.0, 9.0, 0.25]
+    points = [(i, 1_795_000_000_000, bits(value)) for i, value in enumerate(values)]
+    points += [(i, 1_795_000_001_000, STALE_NAN_BITS) for i in range(1, len(series) - 1)]
     ((record, _),) = records(rows_of(series, points, *FAMILIES))
     request = export_request(record, "pgherd-site-a")
     kinds = {
         metric.name: metric.WhichOneof("data") for one in request.resource_metrics for metric in one.scope_metrics[0].metrics
     }
     assert kinds == {
-        "pg_x_total": "sum", "pg_up": "gauge", "lat_seconds_bucket": "sum", "lat_seconds_count": "sum", "lat_seconds_sum": "sum",
-        "sum_up": "gauge", "sum_up_count": "sum", "odd_name": "gauge", "foreign": "gauge",
+        "pg_x_total": "sum", "pg_up": "gauge", "lat_seconds": "histogram", "sum_up": "gauge", "sum_up_count": "gauge",
+        "odd_name": "gauge", "foreign": "gauge",
     }  # fmt: skip
     decoded = ingest.decode(request.SerializeToString(), "client", AdmitLimits())
     renamed = {"job": "pgherd-site-a", "instance": "db1:5432", "exported_cluster": "shop", "exported_node": "db1"}
-    assert {dict(labels)["__name__"] for labels in decoded.layout.labels} == {*names, "foreign"}
-    for labels in decoded.layout.labels:
-        found = dict(labels)
-        origin = {"job": "prod/shop", "instance": "i"} if found["__name__"] == "foreign" else renamed
-        assert found.items() >= origin.items()
-    assert decoded.values.view(np.uint64).tolist().count(STALE_NAN_BITS) == 1
+    own = {"job", "instance", "cluster", "node"}
+    expected = set()
+    for place, unix_ms, value in points:
+        labels = dict(series[place])
+        if labels["job"] == "pgherd":
+            labels = {key: text for key, text in labels.items() if key not in own} | renamed
+        expected.add((labels_of(labels), unix_ms, value))
+    found = {
+        (decoded.layout.labels[place], time_ns // 1_000_000, value)
+        for place, time_ns, value in zip(
+            decoded.series.tolist(), decoded.times_ns.tolist(), decoded.values.view(np.uint64).tolist(), strict=True
+        )
+    }
+    assert found == expected
     assert not decoded.rejected
+
+
+def test_a_histogram_is_not_torn_by_a_record_s_end_and_a_torn_one_is_not_made_up() -> None:
+    series = [labels_of({"__name__": "lat_seconds_bucket", "le": le}) for le in ("1", "+Inf")]
+    series += [labels_of({"__name__": f"lat_seconds_{part}"}) for part in ("count", "sum")]
+    points = [(i, 5, bits(2.0)) for i in range(4)]
+    ((whole, count),) = records(rows_of(series, points, *FAMILIES), points_max=2)
+    assert count == 4
+    (metric,) = export_request(whole, "x").resource_metrics[0].scope_metrics[0].metrics
+    assert list(metric.histogram.data_points[0].bucket_counts) == [2, 0]
+    ((torn, _),) = records(rows_of(series, points[:1], *FAMILIES))
+    (metric,) = export_request(torn, "x").resource_metrics[0].scope_metrics[0].metrics
+    assert (metric.name, metric.WhichOneof("data")) == ("lat_seconds_bucket", "gauge")
 
 
 def test_how_it_stands_is_told_by_destination() -> None:

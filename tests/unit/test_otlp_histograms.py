@@ -84,7 +84,7 @@ def test_a_histogram_without_a_recorded_value_is_stale_in_every_series() -> None
     exponential.aggregation_temporality = 2
     exponential.data_points.add(time_unix_nano=NOW_NS, flags=1)
     bits = decode(request, "agent").values.view(np.uint64)
-    assert len(bits) == 4 + len(SECONDS.texts) + 2
+    assert len(bits) == 4 + len(SECONDS.texts) + 3, "its sum ends too, though the point carries none"
     assert set(bits.tolist()) == {STALE_NAN_BITS}
 
 

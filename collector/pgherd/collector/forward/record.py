@@ -34,9 +34,18 @@ def records(rows: Rows, points_max: int = POINTS_MAX) -> Iterator[tuple[bytes, i
     """Encoded WriteRequests with the number of samples in each, which together hold all rows."""
     order = np.argsort(rows.series_ids, kind="stable")
     ids, times, values = rows.series_ids[order], rows.times_ms[order], rows.values[order]
-    for low in range(0, len(ids), points_max):
+    low = 0
+    while low < len(ids):
         high = min(low + points_max, len(ids))
+        while high < len(ids) and high < low + 2 * points_max and _is_histogram_part(rows, int(ids[high])):
+            high += 1  # its parts were made together: they stay together
         yield _record(rows, ids[low:high].tolist(), times[low:high].tolist(), values[low:high].tobytes()), high - low
+        low = high
+
+
+def _is_histogram_part(rows: Rows, series_id: int) -> bool:
+    metric = family_of(rows.labels([series_id])[series_id], rows)
+    return metric is not None and metric.kind is MetricKind.HISTOGRAM
 
 
 def _record(rows: Rows, ids: list[int], times_ms: list[int], values: bytes) -> bytes:

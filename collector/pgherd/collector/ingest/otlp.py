@@ -232,7 +232,7 @@ class _Walk:
         count = float(point.count)
         self._sample(family, labels | {"le": "+Inf"}, ordinal, point, COUNT_PART, count, "_bucket", is_stale=is_stale)
         self._sample(family, labels, ordinal, point, COUNT_PART, count, "_count", is_stale=is_stale)
-        if point.HasField("sum"):
+        if point.HasField("sum") or is_stale:  # a marker's point carries no sum, and yet ends that series too
             self._sample(family, labels, ordinal, point, SUM_PART, point.sum, "_sum", is_stale=is_stale)
 
     def _summary(self, family: _Family, labels: dict[str, str], ordinal: int, point: Any) -> Reason | None:

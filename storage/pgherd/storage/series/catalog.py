@@ -19,6 +19,8 @@ from pgherd.storage.series.batch import Labels, Rows, SeriesLayout, ShipmentStat
 from pgherd.storage.series.index import SeriesIndex
 from pgherd.storage.series.plan import CommitPlan, Known, NewSeries, Total
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))  # json.dumps would make one per series
+
 # A marker's NaN isn't a total; one that is stored last says only that the series paused.
 _LAST_TOTALS = """
     SELECT series_id, arg_max(value, ts_ms), max(ts_ms) FROM samples
@@ -121,7 +123,7 @@ class Catalog:
 
 def labels_to_json(labels: Labels) -> str:
     """Sorted JSON object: what the `series` table holds, readable with stock DuckDB."""
-    return json.dumps(dict(labels), ensure_ascii=False, separators=(",", ":"))
+    return _ENCODER.encode(dict(labels))
 
 
 def labels_from_json(text: str) -> Labels:
