@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.metrics.v1.metrics_pb2 import AggregationTemporality
@@ -54,6 +54,7 @@ def test_rows_of_an_old_server_lack_what_it_doesnt_count() -> None:
 weights = st.dictionaries(st.floats(1e-7, 1e6), st.floats(0.0, 50.0), max_size=60)
 
 
+@settings(deadline=None)
 @given(st.lists(weights, min_size=1, max_size=6))
 def test_the_histogram_only_grows_in_whole_statements_and_stays_short(windows: list[dict[float, float]]) -> None:
     grown, total, before = Grown(7), 0.0, 0

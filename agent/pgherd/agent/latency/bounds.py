@@ -17,6 +17,7 @@ _TERMS_MAX: Final = 500
 _TINY: Final = 1e-300
 _PRECISION: Final = 1e-12
 _BISECTIONS: Final = 60
+_NONE: Final = 1e-6  # of a hit: so small a weight is none, and the fraction doesn't converge for it
 
 
 def share_bounds(hits: float, trials: float, confidence: float) -> tuple[float, float]:
@@ -28,8 +29,8 @@ def share_bounds(hits: float, trials: float, confidence: float) -> tuple[float, 
         return 0.0, 1.0
     hits = min(max(0.0, hits), trials)
     tail = 1.0 - confidence
-    low = 0.0 if hits <= 0 else _beta_quantile(tail, hits, trials - hits + 1)
-    high = 1.0 if hits >= trials else _beta_quantile(1.0 - tail, hits + 1, trials - hits)
+    low = 0.0 if hits < _NONE else _beta_quantile(tail, hits, trials - hits + 1)
+    high = 1.0 if trials - hits < _NONE else _beta_quantile(1.0 - tail, hits + 1, trials - hits)
     return low, high
 
 
