@@ -99,12 +99,40 @@ def rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
                 f"{held['descriptors']} descriptors, {held['points_per_s']} points/s; back in {held['back_s']:.0f} s after kill -9",
             )
         )
+    table += latency_rows(report["latency"])
     for process in demo["processes"]:
         memory = f"{process['resident_bytes'] / MIB:.0f} MiB, with children at most {process['peak_bytes_with_children'] / MIB:.0f} MiB"
         table.append(
             (f"demo, {process['name']}", memory, f"{process['cpu_share_of_one_core']:.1%} of a core, sampling every second")
         )
     return table
+
+
+def latency_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Errors of the published percentiles beside the baselines', the worst of each; what a look costs."""
+    told, costs = report["summary"], {row["connections"]: row for row in report["cost"]}
+    quantiles = [q for part in report["workloads"] for window in part["windows"] for q in window["quantiles"]]
+
+    def worst(key: str) -> float:
+        return max((abs(q[key] / q["true_ms"] - 1) for q in quantiles if q[key] is not None), default=0.0)
+
+    return [
+        (
+            "statement percentiles, worst error",
+            f"{worst('ours_ms'):.0%}, {told['published']} of {told['percentiles']} published",
+            f"percentile of means {worst('means_ms'):.0%}, lognormal fit {worst('lognormal_ms'):.0%}",
+        ),
+        (
+            "statement percentiles, interval holds",
+            f"{told['intervals_that_hold_it_within_30us']} of {told['intervals']}",
+            "truth: the server's own log",
+        ),
+        (
+            "ten looks a second, 50 sessions",
+            f"{costs[50]['agent_share']:.2%} of a core, agent",
+            f"{costs[50]['server_share']:.2%} of a core, server",
+        ),
+    ]
 
 
 def main() -> int:
@@ -121,6 +149,7 @@ def main() -> int:
             HERE / "bench_idle_agents.py", *(("--idle", "200", "--shipping", "20", "--seconds", "20") if quick else ())
         ),
         "lag": run(HERE / "bench_lag.py", "--scale", "1" if quick else "2"),
+        "latency": run(HERE / "bench_latency.py", "--windows", "1", "--seconds", "20" if quick else "60", "--cost"),
         "backup": run(HERE / "bench_backup.py", "--rows", "200000" if quick else "2000000"),
         "demo": run(DEMO, "--for", "60s", "--json"),
     }

@@ -27,13 +27,13 @@ def difference(after: Counters, *, shared: bool = False) -> Traffic:
 
 
 def test_the_agents_own_statements_are_taken_off() -> None:
-    assert difference(AFTER) == Traffic(3400, "", 900, 19.5)
+    assert difference(AFTER) == Traffic(3400, "", 900, 19.5, 0.5)
     assert difference(AFTER, shared=True).statements == 4000 - 590
 
 
 def test_a_counter_that_began_anew_has_no_difference() -> None:
     restarted = difference(replace(AFTER, database_key="other", statements_key="other"))
-    assert restarted == Traffic(None, "statements_reset", None, None)
+    assert restarted == Traffic(None, "statements_reset", None, None, 0.5)
     assert difference(replace(AFTER, transactions=5)).transactions is None
     assert difference(replace(AFTER, statements=5)).statements_reason == "statements_reset"
     assert difference(replace(AFTER, statements_evictions=4)).statements_reason == "statements_evicted"

@@ -33,7 +33,11 @@ _KIND_MIN: Final = 10
 _FITTED: Final = 3.0  # horizons are fitted to the data: such a sample is worth less than its size says
 _DEPENDS_SIGMA: Final = 2.33  # one fair sample in a hundred is taken for a dependent one: that costs precision only
 _ENOUGH_FOR_A_RATE: Final = 100
-_RATE_FROM_S: Final = 0.004  # a busy machine lets us look when a statement has just ended: closer by, we find too many
+# On a busy machine a look waits until a statement ends and frees the CPU. So a statement found right after its end was found
+# because it ended, the likelier the longer it had been running. Such finds don't count, except in transactions, where
+# sessions hardly idle longer.
+_SETTLED_S: Final = 0.00025
+_RATE_FROM_S: Final = 0.004
 _FAIR: Final = 0.75
 _COVERED: Final = 0.9
 _TRANSACTIONS_SEEN: Final = 10  # statements found in open transactions that make those worth a stratum
@@ -101,15 +105,20 @@ def body_of(
     `by_class` takes a horizon for each class of duration also where no difference was found.
     """
     return Body(
-        _stratum(window.after_transaction, chance, last_count, by_class),
-        _stratum(window.in_transaction, chance, inner_count, by_class),
+        _stratum(window.after_transaction, chance, last_count, by_class, _SETTLED_S),
+        _stratum(window.in_transaction, chance, inner_count, by_class, 0.0),
     )
 
 
-def _stratum(finished: Finished, chance: Chance, count: float | None, by_class: bool) -> Stratum:
-    shares = [chance.of(horizon_s) if math.isfinite(horizon_s) else 1.0 for horizon_s in IDLE_AGES_S]
-    kinds = _kinds(finished)
-    within = _within(finished.by_idle_age)
+def _stratum(finished: Finished, chance: Chance, count: float | None, by_class: bool, after_s: float) -> Stratum:
+    """The sample of statements found at least `after_s` after their end."""
+    first = bisect_left(IDLE_AGES_S, after_s) + 1 if after_s else 0
+    missed = chance.of(after_s) if after_s else 0.0
+    shares = [chance.of(horizon_s) - missed if math.isfinite(horizon_s) else 1.0 - missed for horizon_s in IDLE_AGES_S]
+    shares = [max(0.0, share) for share in shares]
+    by_idle_age = [buckets if place >= first else Buckets() for place, buckets in enumerate(finished.by_idle_age)]
+    kinds = _kinds(by_idle_age)
+    within = _within(by_idle_age)
     if not kinds or shares[-2] <= 0:
         return Stratum(Buckets(), 0.0, 0.0, 0.0, 0.0)
     found = [
@@ -123,7 +132,7 @@ def _stratum(finished: Finished, chance: Chance, count: float | None, by_class: 
     variance = 0.0
     for kind in kinds:
         place = _horizon(_within(kind), shares) if by_class else len(shares) - 1
-        weight = 1.0 / max(shares[place], shares[0])
+        weight = 1.0 / shares[place]
         for buckets in kind[: place + 1]:
             for index, n in buckets.counts.items():
                 durations.add_index(index, n * weight)
@@ -141,10 +150,10 @@ def _within(by_idle_age: Sequence[Buckets]) -> list[float]:
     return list(accumulate(buckets.total for buckets in by_idle_age))
 
 
-def _kinds(finished: Finished) -> list[list[Buckets]]:
+def _kinds(by_idle_age: Sequence[Buckets]) -> list[list[Buckets]]:
     """The statements below CUT_S by duration class, each by idle age."""
     kinds: list[list[Buckets]] = [[Buckets() for _ in IDLE_AGES_S] for _ in _CLASSES_S]
-    for place, buckets in enumerate(finished.by_idle_age):
+    for place, buckets in enumerate(by_idle_age):
         for index, n in buckets.counts.items():
             duration_s = middle(index)
             if duration_s < CUT_S:

@@ -16,6 +16,7 @@ from typing import Final
 
 SCALE: Final = 6
 _PER_OCTAVE: Final = 1 << SCALE
+BUCKET_RATIO: Final = 2.0 ** (1 / _PER_OCTAVE)  # a bucket's upper over its lower bound
 MIN_INDEX: Final = -20 * _PER_OCTAVE  # about a microsecond, the resolution of PostgreSQL's clock
 MAX_INDEX: Final = 20 * _PER_OCTAVE - 1  # twelve days
 

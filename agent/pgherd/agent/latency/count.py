@@ -72,6 +72,7 @@ def _by_active_time(traffic: Traffic, body: Body, long_count: float, long_s: flo
     if traffic.active_s is None or body.sampled == 0:
         return None
     rest_s = max(0.0, traffic.active_s - long_s)
+    own = traffic.active_slack_s / rest_s if rest_s > 0 else 1.0
     if not body.has_transactions:
         mean_s, error = body.after_transaction.mean_s, body.after_transaction.relative_error
         if mean_s <= 0 or error > _PRECISE:
@@ -88,5 +89,5 @@ def _by_active_time(traffic: Traffic, body: Body, long_count: float, long_s: flo
         error = math.hypot(inners * inner.relative_error, lasts * last.relative_error) / count if count else 1.0
         if error > _PRECISE:
             return None
-    spread = 2 * error + 0.02
+    spread = min(1.0, 2 * error + own + 0.02)
     return Count(long_count + count * (1 - spread), long_count + count, long_count + count * (1 + spread), "active_time")

@@ -27,14 +27,14 @@ from typing import Final
 from pgherd.agent.latency.ages import Step, age_where, survival
 from pgherd.agent.latency.body import Body, Stratum, body_of
 from pgherd.agent.latency.bounds import share_bounds
-from pgherd.agent.latency.buckets import Buckets, middle
+from pgherd.agent.latency.buckets import BUCKET_RATIO, Buckets, middle
 from pgherd.agent.latency.count import Count, statement_count
 from pgherd.agent.latency.traffic import Traffic
 from pgherd.agent.latency.window import CUT_S, Chance, Window
 
 QUANTILES: Final = (0.5, 0.95, 0.99)
 STATEMENTS_MIN: Final = 100  # fewer have no percentile worth the name
-_SAMPLE_MIN: Final = 150
+_SAMPLE_MIN: Final = 100
 _INNER_MIN: Final = 100
 _AGES_MIN: Final = 400
 _CONFIDENCE: Final = 0.975  # each side of a percentile's interval
@@ -300,7 +300,7 @@ def _contradiction(window: Window, traffic: Traffic, sampled: _Sampled, body: Bo
     if count.source == "statements" and traffic.active_s is not None:
         body_s = whole.sum() - tail.total_s
         error = max(body.after_transaction.relative_error, body.in_transaction.relative_error if body.has_transactions else 0.0)
-        slack_s = (_TIME_SLACK + 2.5 * error) * body_s + _TAIL_SLACK * tail.total_s
+        slack_s = (_TIME_SLACK + 2.5 * error) * body_s + _TAIL_SLACK * tail.total_s + traffic.active_slack_s
         if abs(whole.sum() - traffic.active_s) > slack_s:
             return "sample_against_active_time"
     return "" if _agrees_with_ages(window, whole) else "sample_against_ages"
@@ -378,7 +378,8 @@ def _quantile(share: float, count: Count, tail: _Tail, route: _Sampled | _Aged |
     low_s = low_s if low_s is not None else CUT_S
     value_s = value_s if value_s is not None else CUT_S
     high_s = high_s if high_s is not None else max(CUT_S, tail.highs.quantile(1.0) if tail.count else CUT_S)
-    low_s, high_s = min(low_s, value_s), max(high_s, value_s)
+    # Durations are known to their bucket.
+    low_s, high_s = min(low_s, value_s) / BUCKET_RATIO, max(high_s, value_s) * BUCKET_RATIO
     if high_s - low_s > max(_WIDTH_SHARE * value_s, _WIDTH_S):
         return Quantile(share, None, low_s, high_s, estimator, "wide_interval")
     return Quantile(share, value_s, low_s, high_s, estimator)

@@ -20,7 +20,7 @@ from pgherd.agent.latency.publish import Grown, samples_of
 from pgherd.agent.latency.traffic import Counters, counters_of, traffic_between
 from pgherd.agent.latency.window import CUT_S, Tracker
 from pgherd.agent.node import NodeStatus
-from pgherd.agent.probes.budget import Budget
+from pgherd.agent.probes.budget import SHED_ORDER, Budget
 from pgherd.agent.probes.connection import APPLICATION_NAME, Answer
 from pgherd.agent.probes.pipeline import Question
 from pgherd.agent.telemetry.emit import Emitter
@@ -111,7 +111,7 @@ class LatencySampler:
         self._role = "0"
         self._server: tuple[int, str, str] | None = None
         self._own_looks = 0
-        self._own_active_s = 0.0
+        self._own_before_s = 0.0
         self.last: Estimate | None = None  # of the window that ended last
         self.looks = 0  # answered, since the start
         self.shed = 0  # left out to spare the server, since the start
@@ -154,7 +154,6 @@ class LatencySampler:
             return
         self.looks += 1
         self._own_looks += 1
-        self._own_active_s += answer.duration_s
         self._tracker.add(look_of(answer.rows))
 
     async def _meet(self, server: tuple[int, str, str]) -> None:
@@ -162,6 +161,7 @@ class LatencySampler:
         self._tracker.forget()
         self._server = server
         self._before = await self._count()
+        self._own_before_s = sum(self._budget.spent_s(tier) for tier in SHED_ORDER)
 
     # ---- a window
 
@@ -170,14 +170,15 @@ class LatencySampler:
         unix_ns = self._clock.wall_unix_ns()
         after = await self._count()
         window = self._tracker.take()
+        own_s = sum(self._budget.spent_s(tier) for tier in SHED_ORDER)
         traffic = traffic_between(
             self._before,
             after,
             own_looks=self._own_looks,
-            own_active_s=self._own_active_s,
+            own_active_s=own_s - self._own_before_s,
             role_is_shared=window.role_is_shared,
         )
-        self._before, self._own_looks, self._own_active_s = after, 0, 0.0
+        self._before, self._own_looks, self._own_before_s = after, 0, own_s
         self.last = estimate(window, traffic)
         await self._emitter.emit({SOURCE: samples_of(self.last, self._grown, self._threshold_s)}, unix_ns)
 

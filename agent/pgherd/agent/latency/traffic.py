@@ -37,6 +37,7 @@ class Traffic:
     statements_reason: str
     transactions: int | None
     active_s: float | None
+    active_slack_s: float = 0.0  # so far off may `active_s` be, for what the agent itself caused isn't known to the second
 
 
 def counters_of(databases: Mapping[str, Any], statements: Mapping[str, Any] | None, reason: str) -> Counters:
@@ -77,7 +78,7 @@ def traffic_between(
         statements = max(0, statements - (own_looks if role_is_shared else of_role))
     if transactions is not None:
         transactions = max(0, transactions - own)
-    return Traffic(statements, reason, transactions, active_s)
+    return Traffic(statements, reason, transactions, active_s, own_active_s)
 
 
 def _statements_between(before: Counters, after: Counters) -> tuple[int | None, str]:
