@@ -25,9 +25,8 @@ from support.rounds import GENEROUS, Stated, walker
 from support.sampling import SAMPLING, Point
 from support.waiting import wait_until
 
-pytestmark = pytest.mark.pg
-
 NIGHTLY = os.environ.get("PGHERD_NIGHTLY") == "1"
+pytestmark = [pytest.mark.pg, pytest.mark.timeout(1200 if NIGHTLY else 120)]
 TABLES = 10_000 if NIGHTLY else 1_000
 DATABASES = 500 if NIGHTLY else 30
 

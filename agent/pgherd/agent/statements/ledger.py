@@ -13,7 +13,8 @@ Source: PostgreSQL docs "pg_stat_statements" (queryid, userid, dbid, toplevel; d
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -52,8 +53,27 @@ ZERO: Final = Counts(0.0, 0.0, 0.0, 0.0, 0.0)
 class Reading:
     """The outcome of one reading: the statements worth series, by the time they took since the last one."""
 
-    top: list[Key]
+    top: Mapping[Key, Counts]
     totals: Mapping[str, Counts]  # by database, accumulated since the agent's start
+
+
+@dataclass(slots=True)
+class _Memory:
+    """A reading as numbers side by side: 48 bytes a statement instead of 400."""
+
+    ids: array[int] = field(default_factory=lambda: array("q"))  # hashes of the keys
+    figures: array[float] = field(default_factory=lambda: array("d"))
+
+    def add(self, ident: int, counts: Counts) -> None:
+        self.ids.append(ident)
+        self.figures.extend(counts)
+
+    def at(self, index: int | None) -> Counts | None:
+        return None if index is None else Counts(*self.figures[index * _WIDTH : (index + 1) * _WIDTH])
+
+
+_WIDTH: Final = len(Counts._fields)
+_Ranked = tuple[float, float, Key, Counts]
 
 
 @dataclass(slots=True)
@@ -61,25 +81,33 @@ class StatementLedger:
     """Successive readings of one server. `limit`: how many statements may have series of their own."""
 
     limit: int
-    _last: dict[Key, Counts] | None = None
+    _last: _Memory | None = None
     _totals: dict[str, Counts] = field(default_factory=dict)
     _top: frozenset[Key] = frozenset()
 
-    def read(self, entries: Mapping[Key, Counts], *, whole: bool = True) -> Reading:
-        """Take a reading. The first one is only where counting begins; `whole`: no entry was left out of it."""
-        last = self._last
-        took_s: dict[Key, float] = {}
-        for key, counts in entries.items():
-            total = self._totals.setdefault(key.database, ZERO)
-            if last is None or last.get(key) == counts or not (whole or key in last):
-                continue
-            grown = counts.since(last.get(key))
-            took_s[key] = grown.seconds
-            self._totals[key.database] = Counts(*(a + b for a, b in zip(total, grown, strict=True)))
-        top = self._choose(entries, took_s)
-        self._last = dict(entries)
-        self._top = frozenset(top)
+    def read(self, entries: Iterable[tuple[Key, Counts]], *, whole: bool = True) -> Reading:
+        """Take a reading, each key once. The first one is only where counting begins; `whole`: no entry was left out."""
+        now = _Memory()
+        ranked = heapq.nsmallest(self.limit, self._fold(entries, now, whole=whole))
+        top = {key: counts for _, _, key, counts in ranked}
+        self._last, self._top = now, frozenset(top)
         return Reading(top, self._totals)
+
+    def _fold(self, entries: Iterable[tuple[Key, Counts]], now: _Memory, *, whole: bool) -> Iterator[_Ranked]:
+        """Add up what grew, keep it in `now`; ranks: those first that took most time, at the start in all their life."""
+        last = self._last
+        where = {ident: index for index, ident in enumerate(last.ids)} if last is not None else {}
+        for key, counts in entries:
+            ident = hash(key)
+            now.add(ident, counts)
+            total = self._totals.setdefault(key.database, ZERO)
+            before = last.at(where.get(ident)) if last is not None else counts
+            took_s = 0.0
+            if before != counts and (whole or before is not None):
+                grown = counts.since(before)
+                took_s = grown.seconds
+                self._totals[key.database] = Counts(*(a + b for a, b in zip(total, grown, strict=True)))
+            yield (-took_s * (_STICKY if key in self._top else 1.0), -counts.seconds, key, counts)
 
     def forget(self) -> None:
         """Another server answers there: totals go on, its entries are where counting begins anew."""
@@ -90,11 +118,3 @@ class StatementLedger:
         wanted = set(databases)
         for name in [name for name in self._totals if name not in wanted]:
             del self._totals[name]
-
-    def _choose(self, entries: Mapping[Key, Counts], took_s: Mapping[Key, float]) -> list[Key]:
-        """Those that took most time since the last reading; at the start, in all their life."""
-
-        def rank(key: Key) -> tuple[float, float, Key]:
-            return (-took_s.get(key, 0.0) * (_STICKY if key in self._top else 1.0), -entries[key].seconds, key)
-
-        return heapq.nsmallest(self.limit, entries, key=rank)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -102,16 +102,14 @@ class _Extension:
         )
 
 
-def unpack(rows: Rows) -> dict[Key, Counts]:
-    """The entries in the rows of the packed form. Raises ValueError."""
-    entries: dict[Key, Counts] = {}
+def unpack(rows: Rows) -> Iterator[tuple[Key, Counts]]:
+    """The entries in the rows of the packed form, one at a time. Raises ValueError."""
     for row in rows:
         database, role = str(row["datname"]), str(row["role"])
         for item in str(row["packed"]).split(",") if row["packed"] else ():
             queryid, *figures = item.split(" ")
             if len(figures) == len(_FIGURES):  # one without an id is hidden from this role
-                entries[Key(int(queryid), database, role)] = Counts(*map(float, figures))
-    return entries
+                yield Key(int(queryid), database, role), Counts(*map(float, figures))
 
 
 class StatementReader:
@@ -190,13 +188,12 @@ class StatementReader:
         answers = await self._connection.fetch_many(questions)
         cost_s = sum(answer.cost_s for answer in answers)
         entries, databases, *info = [_rows(answer) for answer in answers]
-        found = unpack(entries)
         listed = max((int(row["entries"]) for row in entries), default=0)
-        reading = self._ledger.read(found, whole=listed <= ENTRIES_MAX)
+        reading = self._ledger.read(unpack(entries), whole=listed <= ENTRIES_MAX)
         self._ledger.keep_databases([*(str(row["datname"]) for row in databases), ""])
-        cost_s += await self._fetch_texts(extension, reading.top)
+        cost_s += await self._fetch_texts(extension, list(reading.top))
         self._budget.spent(_SOURCE, cost_s, self._clock.mono_s())
-        samples = [*self._figures(reading, found), Sample(ENTRIES, {}, float(listed))]
+        samples = [*self._figures(reading), Sample(ENTRIES, {}, float(listed))]
         samples += [
             Sample(DEALLOCATIONS, {}, float(row["dealloc"]), int(float(row["reset"] or 0) * 1e9))
             for row in (info[0] if info else ())
@@ -207,13 +204,13 @@ class StatementReader:
             samples.append(_unknown("too_many_entries"))
         return samples
 
-    def _figures(self, reading: Reading, entries: dict[Key, Counts]) -> Iterable[Sample]:
+    def _figures(self, reading: Reading) -> Iterable[Sample]:
         for database, counts in reading.totals.items():
             for metric, value in zip(TOTALS, counts, strict=True):
                 yield Sample(metric, {"datname": database}, value, self._started_unix_ns)
-        for key in reading.top:
+        for key, counts in reading.top.items():
             labels = {"queryid": str(key.queryid), "datname": key.database, "user": key.user}
-            for metric, value in zip(TOP, entries[key], strict=True):
+            for metric, value in zip(TOP, counts, strict=True):
                 yield Sample(metric, labels, value)
         for queryid in dict.fromkeys(key.queryid for key in reading.top):
             if text := self._texts.get(queryid):
