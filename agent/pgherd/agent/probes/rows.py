@@ -49,6 +49,7 @@ def _row_samples(probe: Probe, row: Row) -> Iterable[Sample]:
     start_unix_ns = 0
     if probe.reset and row[probe.reset] is not None:
         start_unix_ns = int(float(row[probe.reset]) * 1_000_000_000)
+    labels_of: dict[tuple[str, ...], dict[str, str]] = {}  # shared by the row's samples: told apart once, encoded once
     for column in probe.columns:
         value = row.get(column.column)  # older majors share a metrics table but lack some columns
         if value is None:
@@ -56,11 +57,18 @@ def _row_samples(probe: Probe, row: Row) -> Iterable[Sample]:
         number = float(value)
         if not math.isfinite(number):
             continue
-        labels = {label: normalise(_text(row[label])) if label in probe.texts else _text(row[label]) for label in column.labels}
-        labels |= column.constants
+        labels = labels_of.get(column.labels)
+        if labels is None:
+            labels = labels_of[column.labels] = _labels(probe, row, column.labels)
+        if column.constants:
+            labels = {**labels, **column.constants}
         for metric in column.metrics:
             counter = metric.kind is MetricKind.COUNTER
             yield Sample(metric, labels, number, start_unix_ns if counter else 0)
+
+
+def _labels(probe: Probe, row: Row, names: tuple[str, ...]) -> dict[str, str]:
+    return {name: normalise(_text(row[name])) if name in probe.texts else _text(row[name]) for name in names}
 
 
 def _text(value: Any) -> str:

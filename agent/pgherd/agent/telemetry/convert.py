@@ -20,8 +20,6 @@ from opentelemetry.proto.common.v1.common_pb2 import KeyValue
 from opentelemetry.proto.metrics.v1.metrics_pb2 import (
     AggregationTemporality,
     DataPointFlags,
-    ExponentialHistogramDataPoint,
-    NumberDataPoint,
     ScopeMetrics,
 )
 
@@ -34,7 +32,6 @@ _STALE: Final = DataPointFlags.DATA_POINT_FLAGS_NO_RECORDED_VALUE_MASK
 
 SeriesKey = tuple[str, tuple[tuple[str, str], ...]]
 Series = dict[SeriesKey, Sample]
-Point = NumberDataPoint | ExponentialHistogramDataPoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +63,12 @@ def series_key(sample: Sample) -> SeriesKey:
 def series_of(samples: Iterable[Sample]) -> Series:
     """Samples by series; of several for one series the first stays."""
     series: Series = {}
+    sorted_labels: dict[int, tuple[Mapping[str, str], tuple[tuple[str, str], ...]]] = {}  # by identity: rows share theirs
     for sample in samples:
-        series.setdefault(series_key(sample), sample)
+        known = sorted_labels.get(id(sample.labels))
+        if known is None:
+            known = sorted_labels[id(sample.labels)] = (sample.labels, tuple(sorted(sample.labels.items())))
+        series.setdefault((sample.metric.name, known[1]), sample)
     return series
 
 
@@ -83,36 +84,43 @@ def encode(source: Source, current: Series, stale: Sequence[Sample], unix_ns: in
     resource_metrics.resource.attributes.extend(_attributes(source.attributes()))
     scope = resource_metrics.scope_metrics.add()
     scope.scope.name = SCOPE_NAME
-    points_of: dict[Metric, list[Point]] = {}
+    samples_of: dict[Metric, list[tuple[Sample, bool]]] = {}
     for sample in current.values():
-        points_of.setdefault(sample.metric, []).append(_point(sample, unix_ns))
+        samples_of.setdefault(sample.metric, []).append((sample, False))
     for sample in stale:
-        points_of.setdefault(sample.metric, []).append(_stale_point(sample, unix_ns))
-    for metric, points in points_of.items():
-        _add_metric(scope, metric, points)
+        samples_of.setdefault(sample.metric, []).append((sample, True))
+    wire_labels: dict[int, list[KeyValue]] = {}  # by identity: the samples of one row share their labels
+    for metric, samples in samples_of.items():
+        points = _metric_points(scope, metric)
+        for sample, is_stale in samples:
+            attributes = wire_labels.get(id(sample.labels))
+            if attributes is None:
+                attributes = wire_labels[id(sample.labels)] = _attributes(sample.labels)
+            _add_point(points, sample, unix_ns, is_stale=is_stale).attributes.extend(attributes)
     data: bytes = request.SerializeToString()
     return data
 
 
-def _add_metric(scope: ScopeMetrics, metric: Metric, points: Sequence[Any]) -> None:
-    """`points` are of the class that the metric's kind has."""
+def _metric_points(scope: ScopeMetrics, metric: Metric) -> Any:
+    """A new metric of the scope; where its points go, of the class that its kind has."""
     wire = scope.metrics.add()
     wire.name, wire.description, wire.unit = metric.name, metric.help, metric.unit
     if metric.kind is MetricKind.COUNTER:
         wire.sum.aggregation_temporality = AggregationTemporality.AGGREGATION_TEMPORALITY_CUMULATIVE
         wire.sum.is_monotonic = True
-        wire.sum.data_points.extend(points)
-    elif metric.kind is MetricKind.HISTOGRAM:
+        return wire.sum.data_points
+    if metric.kind is MetricKind.HISTOGRAM:
         wire.exponential_histogram.aggregation_temporality = AggregationTemporality.AGGREGATION_TEMPORALITY_CUMULATIVE
-        wire.exponential_histogram.data_points.extend(points)
-    else:
-        wire.gauge.data_points.extend(points)
+        return wire.exponential_histogram.data_points
+    return wire.gauge.data_points
 
 
-def _point(sample: Sample, unix_ns: int) -> Point:
-    point: Point
+def _add_point(points: Any, sample: Sample, unix_ns: int, *, is_stale: bool) -> Any:
+    """A point without its labels, of the class that `points` holds."""
+    if is_stale:
+        return points.add(time_unix_nano=unix_ns, flags=_STALE)
     if (buckets := sample.buckets) is not None:
-        point = ExponentialHistogramDataPoint(
+        point = points.add(
             time_unix_nano=unix_ns,
             count=buckets.count,
             sum=buckets.sum,
@@ -123,17 +131,9 @@ def _point(sample: Sample, unix_ns: int) -> Point:
         point.positive.offset = buckets.offset
         point.positive.bucket_counts.extend(buckets.counts)
     else:
-        point = NumberDataPoint(time_unix_nano=unix_ns, as_double=sample.value)
+        point = points.add(time_unix_nano=unix_ns, as_double=sample.value)
     if sample.start_unix_ns:
         point.start_time_unix_nano = sample.start_unix_ns
-    point.attributes.extend(_attributes(sample.labels))
-    return point
-
-
-def _stale_point(sample: Sample, unix_ns: int) -> Point:
-    kind = ExponentialHistogramDataPoint if sample.metric.kind is MetricKind.HISTOGRAM else NumberDataPoint
-    point: Point = kind(time_unix_nano=unix_ns, flags=_STALE)
-    point.attributes.extend(_attributes(sample.labels))
     return point
 
 

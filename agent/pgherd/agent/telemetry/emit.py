@@ -47,8 +47,8 @@ class Emitter:
         """
         stated = {source: series_of(samples) for source, samples in statement.items()}
         current: Series = {}
-        for series in stated.values():
-            current = series | current
+        for series in reversed(stated.values()):
+            current.update(series)
         stale = [sample for source in stated for sample in vanished(self._alive.get(source, {}), current)]
         self._alive |= stated
         return await self.emit_held(current, stale, unix_ns)
