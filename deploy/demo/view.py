@@ -21,7 +21,7 @@ _QUERIES = {
     "connections": "pgherd_connections_used",
     "usable": "pgherd_connections_usable",
     "commits": "sum by (node) (rate(pg_stat_database_xact_commit[10s]))",
-    "lag": "pg_replication_lag_seconds",
+    "lag": "pgherd_replication_lag_seconds",
 }
 
 

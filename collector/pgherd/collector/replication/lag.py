@@ -194,9 +194,9 @@ class ClusterLag:
     # ---- asking
 
     @property
-    def has_had_primary(self) -> bool:
-        """Whether a primary of this cluster was ever seen."""
-        return self._writer is not None
+    def primary_seen_ms(self) -> int | None:
+        """When the last primary of this cluster was last seen; None: none ever was."""
+        return None if self._writer is None else self._nodes[self._writer].latest.at_ms
 
     def standbys(self) -> list[Name]:
         """Nodes whose last known role is standby: they are expected to follow."""

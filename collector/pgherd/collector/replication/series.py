@@ -366,17 +366,18 @@ class LagSeries:
 
     def _count(self, now_ms: int) -> dict[_Group, _Said | None]:
         said: dict[_Group, _Said | None] = {}
-        is_starting = self._clock.mono_s() - self._started_mono_s < _START_S
+        up_s = self._clock.mono_s() - self._started_mono_s
         labels = Counter(label for label, _ in self._clusters)
         for (label, identifier), cluster in self._clusters.items():
-            if not cluster.has_had_primary:
+            if cluster.primary_seen_ms is None:
                 continue
             # Two clusters under one label are a mistake of the configuration; theirs aren't added up.
             more = {"system_identifier": identifier} if labels[label] > 1 else {}
             count = cluster.primaries(now_ms)
             series = _series(PRIMARIES, labels_of({"job": "pgherd", "cluster": label, **more}))
-            # Agents need a moment to find a collector that has just started: until then 0 isn't news.
-            said[_COUNT_GROUP, series] = None if count == 0 and is_starting else {series: (now_ms, float(count))}
+            # Agents need a moment to find a collector that has just started: a primary it hasn't seen itself isn't missed yet.
+            is_awaited = up_s < _START_S and cluster.primary_seen_ms <= now_ms - int(up_s * 1000)
+            said[_COUNT_GROUP, series] = None if count == 0 and is_awaited else {series: (now_ms, float(count))}
         return said
 
 
