@@ -154,6 +154,17 @@ def test_a_damaged_log_of_the_control_store_is_refused_because_sqlite_would_drop
     store.close()
 
 
+def test_a_damaged_store_with_a_healthy_log_is_refused_with_both_untouched(tmp_path: Path) -> None:
+    """Looking must not move the log into the file: it is what the rescue is made of."""
+    path, log = crashed_control(tmp_path)
+    page = path.stat().st_size // 2 // 4096 * 4096
+    path.write_bytes(path.read_bytes()[:page] + bytes(4096) + path.read_bytes()[page + 4096 :])
+    before = path.read_bytes(), log.read_bytes()
+    with pytest.raises(IntegrityError):
+        ControlStore.open(path)
+    assert (path.read_bytes(), log.read_bytes()) == before
+
+
 def test_a_commit_that_a_crash_tore_is_no_damage(tmp_path: Path) -> None:
     path, log = crashed_control(tmp_path)
     log.write_bytes(flipped(log.read_bytes(), log.stat().st_size - 10))
