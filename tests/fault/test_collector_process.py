@@ -295,6 +295,12 @@ def _full_disk_story(herd: Collector) -> None:
         # Writes of the control store are refused by name, if they can't be done.
         refusal = herd.cli("--json", "tokens", "create", "late")
         assert refusal.returncode == 0 or json.loads(refusal.stderr)["error"]["code"] == "store.unavailable"
+        # It can even be started again while there is no room.
+        herd.kill()
+        fill(ballast)
+        herd.launch()
+        wait_until(lambda: herd.is_ready("/healthz"), 30, "a start on a full disk")
+        wait_until(lambda: count() == 50, 30, "an answer after a start on a full disk")
         ballast.unlink()
         wait_until(lambda: ship(sequence) is grpc.StatusCode.OK, 30, "ingest to go on")
         assert count() == 50
