@@ -20,7 +20,7 @@ import pytest
 from pgherd.agent.config import RoundsConfig
 from pgherd.agent.probes.dial import ConnectFailed, dial, told
 from pgherd.agent.rounds.walk import REPEAT_S
-from support.postgres import Fleet, Server, majors
+from support.postgres import Fleet, Pair, Server, majors
 from support.rounds import GENEROUS, Stated, walker
 from support.sampling import SAMPLING, Point
 from support.waiting import wait_until
@@ -289,6 +289,29 @@ def test_a_server_that_lets_nobody_in_is_tried_once_at_a_time(private_postgres: 
                 os.kill(server.pid, signal.SIGCONT)
             report = await walk.rounds.walk()
             assert (report.reached, report.end) == (2, "whole")
+
+    asyncio.run(work())
+
+
+def test_a_standby_is_walked_too_and_a_promotion_starts_anew(private_pair: Pair, tmp_path: Path) -> None:
+    primary, standby = private_pair.primary, private_pair.standby
+    primary.execute("CREATE TABLE t (id serial PRIMARY KEY); INSERT INTO t DEFAULT VALUES; CREATE UNLOGGED SEQUENCE u")
+    primary.create_role("monitor", member_of=["pg_monitor", "pg_read_all_data"])
+    private_pair.wait_caught_up()
+
+    async def work() -> None:
+        async with walker(tmp_path / "spool", standby.conninfo("monitor")) as walk:
+            assert (await walk.rounds.walk()).end == "whole"
+            seen = walk.stated()
+            assert seen.find("pg_stat_user_tables_table_size_bytes", relname="t")
+            assert seen.find("pgherd_sequence_used_ratio", sequencename="t_id_seq")
+            assert not seen.find("pgherd_table_xid_age"), "a standby can't know it"
+            standby.promote()
+            await walk.bench.sampler.cycle()
+            assert walk.bench.role() == "primary"
+            await walk.rounds.walk()
+            seen = walk.stated()
+            assert seen.find("pgherd_table_xid_age", relname="t")
 
     asyncio.run(work())
 
