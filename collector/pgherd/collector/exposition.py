@@ -124,6 +124,12 @@ def collector_families(
                 "Evaluations skipped.",
                 sum(g.slots_missed for g in groups),
             ),
+            single(
+                "pgherd_collector_rule_points_lost_total",
+                "counter",
+                "Samples of rules that the series store didn't take.",
+                evaluator.points_lost,
+            ),
             _by(
                 "pgherd_collector_notifications_total",
                 "Delivered.",

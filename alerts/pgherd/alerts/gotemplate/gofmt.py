@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
 _VERB_RE = re.compile(r"%(?P<flags>[-+ 0#]*)(?P<width>\d*)(?P<precision>\.\d*)?(?P<verb>.)", re.DOTALL)
+_WIDTH_MAX = 1_000_000  # Go's own bound
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -136,6 +137,8 @@ def _type_name(value: object) -> str:
 
 def _formatted(match: re.Match[str], value: object) -> str:
     flags, width = match["flags"], int(match["width"] or 0)
+    if width > _WIDTH_MAX or int((match["precision"] or ".0")[1:] or 0) > _WIDTH_MAX:
+        return "%!(BADWIDTH)"
     text = _verb(match["verb"], flags, match["precision"], value)
     if text is None:
         return f"%!{match['verb']}({_type_name(value)}={text_of(value)})"

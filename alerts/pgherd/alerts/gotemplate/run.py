@@ -147,13 +147,22 @@ class _Run:
             if head.name in ("and", "or"):
                 return self._lazily(head.name, rest, dot, scope, piped)
             arguments = [self._operand(one, dot, scope) for one in rest]
-            return self._functions[head.name](*arguments, *piped)
+            return self._called(head.name, [*arguments, *piped])
         if isinstance(head, Fields) and (rest or piped):
             of = self._operand(head.of, dot, scope)
             for name in head.names[:-1]:
                 of = _field(of, name)
             return _method(of, head.names[-1], [*(self._operand(one, dot, scope) for one in rest), *piped])
         return self._operand(head, dot, scope)
+
+    def _called(self, name: str, arguments: Sequence[Any]) -> Any:
+        try:
+            return self._functions[name](*arguments)
+        # What a value of the wrong kind does inside a function is the template's mistake, and must cost only its text.
+        except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+            if isinstance(error, TemplateError):
+                raise
+            raise TemplateError(f"{name}: {error}") from error
 
     def _lazily(self, name: str, operands: Sequence[Operand], dot: Any, scope: list[dict[str, Any]], piped: list[Any]) -> Any:
         value: Any = None
@@ -177,7 +186,7 @@ class _Run:
                     found = _field(found, name)
                 return found
             case Function(name):
-                return self._functions[name]()
+                return self._called(name, [])
             case Pipeline():
                 return self._pipeline(operand, dot, [*scope, {}])
 

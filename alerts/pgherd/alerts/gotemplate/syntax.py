@@ -321,11 +321,15 @@ class _Reader:
         return (), False, tokens
 
     def _pipeline(self, tokens: list[_Token], known: list[str]) -> tuple[Pipeline, list[_Token]]:
+        self._depth += 1
+        if self._depth > _DEPTH_MAX:
+            raise TemplateError(f"nested deeper than {_DEPTH_MAX}")
         commands: list[Command] = []
         while True:
             command, tokens = self._command(tokens, known, is_first=not commands)
             commands.append(command)
             if not tokens or tokens[0].text != "|" or tokens[0].kind != "sign":
+                self._depth -= 1
                 return Pipeline(tuple(commands)), tokens
             tokens = tokens[1:]
 
@@ -419,9 +423,15 @@ def _unquote(token: str) -> str:
 
     def replacement(match: re.Match[str]) -> str:
         if match[1]:
-            return chr(int(match[1][1:], 16))
+            return _sign(int(match[1][1:], 16))
         if match[2] not in _ESCAPES:
             raise TemplateError(f"unknown escape {match[0]}")
         return _ESCAPES[match[2]]
 
     return re.sub(r"\\(?:(u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|x[0-9a-fA-F]{2})|(.))", replacement, token[1:-1])
+
+
+def _sign(number: int) -> str:
+    if number > 0x10FFFF or 0xD800 <= number < 0xE000:
+        raise TemplateError(f"{number:#x} isn't a character")
+    return chr(number)

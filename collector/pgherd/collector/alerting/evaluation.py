@@ -42,6 +42,7 @@ class Evaluator:
         `committed` is called on the event loop after a commit that somebody is to be told of (Notifier.wake).
         """
         self._store = store
+        self._recorded = recorded
         self._clock = clock
         self._committed = committed
         self._evaluations = tuple(
@@ -51,6 +52,11 @@ class Evaluator:
     def status(self) -> tuple[GroupStatus, ...]:
         """Every group in the order of the files."""
         return tuple(evaluation.status for evaluation in self._evaluations)
+
+    @property
+    def points_lost(self) -> int:
+        """Samples that rules wrote and the series store didn't take, since this process began."""
+        return 0 if self._recorded is None else self._recorded.points_lost
 
     def restore(self) -> int:
         """Take up the stored instances; returns how many. Call once, on a thread, before `run`.

@@ -88,6 +88,7 @@ class Notifier:
         self._status = status
         self._store = store
         self._routing = routing
+        self._receivers = frozenset(route.receiver for route in (*routing.routes, *routing.default))
         self._inhibitions = tuple(inhibitions)
         self._silencer = silencer
         self._clock = clock
@@ -149,7 +150,8 @@ class Notifier:
             if decision.notes or decision.state != (before if digest in known else None):
                 changes[digest] = _Change(where.route.receiver, decision.state, _message(digest, where, decision))
         for digest in known.keys() - self._places_seen.keys():
-            changes[digest] = _orphan(digest, *known[digest], now)
+            receiver, state = known[digest]
+            changes[digest] = _orphan(digest, receiver, state if receiver in self._receivers else GroupState(), now)
         if changes:
             self._commit(changes, now.unix_ns)
         return min(dues, default=None)
