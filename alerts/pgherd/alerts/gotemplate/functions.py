@@ -247,10 +247,17 @@ def _sample_part(sample: Any, part: str) -> Any:
     return sample[part]
 
 
+def _labels(sample: Any) -> Mapping[str, str]:
+    labels = _sample_part(sample, "Labels")
+    if not isinstance(labels, Mapping):
+        raise TemplateError("not a sample of a query's result")
+    return labels
+
+
 def _sort_by_label(label: Any, vector: Any) -> Any:
     if not isinstance(vector, Sequence) or isinstance(vector, str):
         raise TemplateError("sortByLabel takes a query's result")
-    return sorted(vector, key=lambda sample: _sample_part(sample, "Labels").get(label, ""))
+    return sorted(vector, key=lambda sample: _labels(sample).get(label, ""))
 
 
 def _strip_port(value: object) -> str:
@@ -318,8 +325,8 @@ FUNCTIONS: Mapping[str, TemplateFunction] = {
         (0, _MANY), lambda *values: Arguments({f"arg{index}": value for index, value in enumerate(values)})
     ),
     "first": TemplateFunction((1, 1), _first),
-    "label": TemplateFunction((2, 2), lambda label, sample: _sample_part(sample, "Labels").get(label, "")),
+    "label": TemplateFunction((2, 2), lambda label, sample: _labels(sample).get(label, "")),
     "value": TemplateFunction((1, 1), lambda sample: _sample_part(sample, "Value")),
-    "strvalue": TemplateFunction((1, 1), lambda sample: _sample_part(sample, "Labels").get("__value__", "")),
+    "strvalue": TemplateFunction((1, 1), lambda sample: _labels(sample).get("__value__", "")),
     "sortByLabel": TemplateFunction((2, 2), _sort_by_label),
 }
