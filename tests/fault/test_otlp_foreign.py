@@ -49,6 +49,12 @@ class Foreign:
         context.load_cert_chain(self.files / "client.crt", self.files / "client.key")
         return httpx.Client(base_url=f"https://localhost:{self.herd.ports['otlp']}", verify=context, trust_env=False, **options)
 
+    def peak_bytes(self) -> int:
+        """The most memory that the collector ever had."""
+        assert self.herd.process is not None
+        lines = Path(f"/proc/{self.herd.process.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
     def values(self, query: str) -> dict[str, float]:
         """`le` (or "") → value of an instant query."""
         with self.herd.http(headers=self.viewer) as http:
@@ -149,6 +155,7 @@ def test_what_is_refused_says_whether_to_repeat_it(foreign: Foreign) -> None:
     good = request_of().SerializeToString()
     bomb = gzip.compress(bytes(1024 * 1024 * 1024), 1)
     nested = b'{"a":' * 100_000
+    peak_before = foreign.peak_bytes()
     with foreign.client() as http:
         for content, headers, status, code in [
             (b"\xff", PROTOBUF, 400, "ingest.malformed"),
@@ -175,6 +182,7 @@ def test_what_is_refused_says_whether_to_repeat_it(foreign: Foreign) -> None:
         assert http.get("/v1/metrics").status_code == 405
         assert http.post("/v1/traces", content=good, headers=PROTOBUF).status_code == 404
         assert http.post("/v1/metrics", content=good, headers=PROTOBUF).status_code == 200, "and it lives on"
+    assert foreign.peak_bytes() - peak_before < 256 * 1024 * 1024, "the bomb of 1 GiB wasn't inflated"
 
 
 def test_a_client_speaks_for_no_agent(foreign: Foreign) -> None:
