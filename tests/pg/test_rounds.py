@@ -271,6 +271,38 @@ def test_locks_refusals_and_drops_cost_what_they_hide_and_no_more(private_postgr
     asyncio.run(work())
 
 
+def test_databases_that_pg_hba_closes_are_refused_and_left_in_peace(private_postgres: Server, tmp_path: Path) -> None:
+    server = private_postgres
+    server.create_role("monitor", member_of=["pg_monitor"])
+    for name in ("a", "b", "c", "d", "open"):
+        server.create_database(name)
+    hba = server.data_directory / "pg_hba.conf"
+    hba.write_text("local a,b,c,d monitor reject\n" + hba.read_text(encoding="utf-8"), encoding="utf-8")
+    server.execute("SELECT pg_reload_conf()")
+
+    def refused() -> bool:
+        with contextlib.suppress(psycopg.OperationalError):
+            server.connect("a", "monitor").close()
+            return False
+        return True
+
+    wait_until(refused, 10, "the reload")
+
+    async def work() -> None:
+        async with walker(tmp_path / "spool", server.conninfo("monitor")) as walk:
+            report = await walk.rounds.walk()
+            assert (report.reached, report.refused, report.end) == (2, 4, "whole"), "more than three in a row aren't the server"
+            assert ("rounds", "postgres.auth", "c") in walk.stated().reasons()
+            attempts = [(await walk.rounds.walk()).refused for _ in range(2)]
+            assert attempts == [4, 4]
+            assert not walk.stated().find("pgherd_probe_unknown", reason="postgres.auth"), "not asked again so soon"
+            walk.clock.ahead_s += 3601
+            await walk.rounds.walk()
+            assert walk.stated().find("pgherd_probe_unknown", reason="postgres.auth")
+
+    asyncio.run(work())
+
+
 def test_a_server_that_lets_nobody_in_is_tried_once_at_a_time(private_postgres: Server, tmp_path: Path) -> None:
     server = private_postgres
     server.create_role("monitor", member_of=["pg_monitor"])

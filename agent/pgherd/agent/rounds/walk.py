@@ -46,6 +46,10 @@ _BATCH_POINTS: Final = 2_000  # a repeated batch's size: small enough to be enco
 _SLOTS_LEFT_MIN: Final = 3  # connection slots that stay free for others
 _FAILURES_MAX: Final = 3  # databases in a row: then it is the server
 _GONE_TIMEOUT_S: Final = 2.0
+_RETRY_S: Final = 30.0
+_REST_S: Final = (
+    3600.0  # before a database is asked again that pg_hba.conf or a right keeps us out of: each try is a line in its log
+)
 
 _DATABASES_SQL: Final = """
 SELECT d.oid::int8 AS oid, d.datname,
@@ -172,6 +176,7 @@ class Rounds:
         self._ranking = Ranking()
         self._held: dict[int, _Held] = {}
         self._visited_mono_s: dict[int, float] = {}
+        self._resting_until_mono_s: dict[int, float] = {}
         self._pending: tuple[int, NodeConnection] | None = None  # a connection attempt that hangs
         self._stated = False  # whether the collector has living series of ours
         self._server: tuple[str, int, str] = ("", 0, "")
@@ -190,11 +195,15 @@ class Rounds:
                     if self._status().condition != "up":
                         await self._fall_silent()
                     elif self._clock.mono_s() >= due_mono_s and self._budget.allows(_TIER):
-                        due_mono_s = self._clock.mono_s() + self._interval_s
+                        started_mono_s = self._clock.mono_s()
+                        due_mono_s = started_mono_s + min(_RETRY_S, self._interval_s)  # for when it can't even begin
                         await self.walk()
+                        due_mono_s = started_mono_s + self._interval_s
                     else:
                         await self._meet_server()
                         await self._repeat()
+                except PgherdError as error:
+                    _log.info("rounds.not_begun", node=self._node.alias, code=error.code, why=error.message)
                 except Exception:  # noqa: BLE001 - the loop's guard: walking goes on whatever one turn met
                     _log.exception("rounds.turn_failed", node=self._node.alias)
                 await asyncio.sleep(_LOOK_S)
@@ -221,14 +230,15 @@ class Rounds:
         await self._forget_gone({int(row["oid"]) for row in rows})
         for oid, row in refused.items():
             await self._hold(oid, _Held(str(row["datname"]), walk.started_mono_s, 0.0, unknown=(f"rounds {row['refusal']}",)))
-        waiting = self._order(open_to_us)
+        resting = {oid for oid, until_mono_s in self._resting_until_mono_s.items() if walk.started_mono_s < until_mono_s}
+        waiting = await self._order([one for one in open_to_us if one.oid not in resting])
         if slots is not None and slots < _SLOTS_LEFT_MIN:
             walk.end = "saturated"
         while waiting and self._may_go_on(walk):
             await self._visit(walk, waiting.pop(0), len(open_to_us))
         report = WalkReport(
             reached=walk.reached,
-            refused=walk.refused + len(refused),
+            refused=walk.refused + len(refused) + len(resting),
             waiting=len(waiting),
             skipped=len(rows) - len(open_to_us) - len(refused),
             cost_s=walk.cost_s,
@@ -249,6 +259,7 @@ class Rounds:
             await self._fall_silent()
             self._held.clear()
             self._visited_mono_s.clear()
+            self._resting_until_mono_s.clear()
             self._ranking = Ranking()
             self._server = server
 
@@ -260,12 +271,12 @@ class Rounds:
             return databases.rows, None
         return databases.rows, int(slots.rows[0]["free"])
 
-    def _order(self, databases: Sequence[Database]) -> list[Database]:
+    async def _order(self, databases: Sequence[Database]) -> list[Database]:
         order = visiting_order(databases, self._visited_mono_s)
         if self._pending is not None:  # the attempt that is under way goes first
             order.sort(key=lambda one: one.oid != self._pending[0])  # type: ignore[index]
-            if not order or order[0].oid != self._pending[0]:
-                order = []  # its database is gone but it still hangs: no second attempt beside it
+            if not order or order[0].oid != self._pending[0]:  # its database is gone: nobody waits for it any more
+                await self.close()
         return order
 
     def _may_go_on(self, walk: _Walk) -> bool:
@@ -295,9 +306,12 @@ class Rounds:
             if phase == "connect":
                 self._pending = (database.oid, connection)
                 walk.end = "hung"
-            elif code in ("postgres.saturated", "postgres.auth", "config.secret_unreadable"):
+            elif code in ("postgres.saturated", "config.secret_unreadable"):
                 walk.end = "saturated" if code == "postgres.saturated" else "away"
-            walk.failures += 1
+            if code in ("postgres.auth", "postgres.privilege"):  # this database's own: the sampler has just been let in
+                self._resting_until_mono_s[database.oid] = now_mono_s + _REST_S
+            else:
+                walk.failures += 1
             walk.refused += 1
             if walk.failures >= _FAILURES_MAX and walk.end == "whole":
                 walk.end = "away"
@@ -381,6 +395,7 @@ class Rounds:
                 await self._spool({}, list(series_of(self._with_age(held)).values()))
         for oid in [oid for oid in self._visited_mono_s if oid not in oids]:
             del self._visited_mono_s[oid]
+            self._resting_until_mono_s.pop(oid, None)
             self._ranking.forget(oid)
 
     async def _repeat(self) -> None:
