@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def wait_until(condition: Callable[[], T], timeout_s: float = 10.0, what: str = "the condition") -> T:
+def wait_until(condition: Callable[[], T], timeout_s: float = 10.0, what: str = "the condition", every_s: float = 0.01) -> T:
     """Call `condition` until its answer is truthy and return that; AssertionError after `timeout_s`."""
     deadline_mono_s = time.monotonic() + timeout_s
     while True:
@@ -18,4 +18,4 @@ def wait_until(condition: Callable[[], T], timeout_s: float = 10.0, what: str = 
             return answer
         if time.monotonic() > deadline_mono_s:
             raise AssertionError(f"{what} didn't come true within {timeout_s:g} s (last answer: {answer!r})")
-        time.sleep(0.01)
+        time.sleep(every_s)

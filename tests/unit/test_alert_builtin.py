@@ -143,7 +143,7 @@ def test_connections_high_waits_a_minute_and_resolves(world: World) -> None:
         letter = connection.execute(select(outbox.c.payload)).scalars().first()
     assert letter is not None
     assert from_document(letter).common_annotations["summary"] == "db1: 97.94% of usable connections are taken"
-    assert from_document(letter).common_labels == {**LABELS, "alertname": "ConnectionsHigh", "severity": "warning"}
+    assert from_document(letter).common_labels == {**LABELS, "alertname": "ConnectionsHigh", "severity": "critical"}
 
 
 def test_a_saturated_server_keeps_firing_though_nobody_can_count(world: World) -> None:
@@ -158,8 +158,9 @@ def test_a_probe_that_cant_tell_resolves_nothing(world: World) -> None:
     """The server hangs on the probe's query: its series end while pg_up stays 1."""
     for _ in range(5):
         world.turn(FULL)
-    assert world.turn({**UP, "pg_exporter_last_scrape_error": 1.0, **GONE}) == ["ConnectionsHigh unknown"]
-    assert world.turn({**CALM, "pg_exporter_last_scrape_error": 1.0}) == ["ConnectionsHigh resolved"], "its own inputs are back"
+    world.turn({"pgherd_probe_unknown": 1.0}, {**LABELS, "probe": "connections", "reason": "postgres.timeout.statement"})
+    assert world.turn({**UP, **GONE}) == ["ConnectionsHigh unknown"]
+    assert world.turn(CALM) == ["ConnectionsHigh resolved"], "its own inputs are back"
 
 
 def test_a_stopped_server_resolves_nothing_but_is_down(world: World) -> None:

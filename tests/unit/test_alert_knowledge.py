@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from pgherd.alerts.knowledge import Knowledge, Watched
+from pgherd.alerts.knowledge import EVERYTHING, Knowledge, Watched
 
 A = Watched("a:5432", "a", "main", "host-a", "id-a")
 B = Watched("b:5432", "b", "main", "host-b", "id-b")
@@ -24,7 +24,7 @@ def _inputs_missing(_instance: str) -> bool:
     [
         replace(WELL, agents_alive=frozenset({"id-b"})),  # its last pg_up may be seconds old: news ended all the same
         replace(WELL, instances_up=frozenset({"b:5432"})),
-        replace(WELL, instances_troubled=frozenset({"a:5432"})),
+        replace(WELL, instances_troubled={"a:5432": frozenset({EVERYTHING})}),
     ],
     ids=["agent silent", "not seen up", "a probe can't tell"],
 )
@@ -37,7 +37,7 @@ def test_one_doubt_is_enough_for_those_it_concerns(facts: Knowledge) -> None:
 
 
 def test_a_troubled_instance_is_known_as_far_as_the_rules_inputs_are() -> None:
-    troubled = replace(WELL, instances_troubled=frozenset({"a:5432"}))
+    troubled = replace(WELL, instances_troubled={"a:5432": frozenset({EVERYTHING})})
     assert troubled.known(OF_A, lambda instance: instance == "a:5432")
 
 
@@ -53,3 +53,13 @@ def test_an_alert_about_an_agent_needs_the_agent_only() -> None:
 def test_what_pgherd_doesnt_watch_is_prometheus_exact(labels: Mapping[str, str]) -> None:
     nothing_heard = replace(WELL, agents_alive=frozenset(), instances_up=frozenset())
     assert nothing_heard.known(labels, _inputs_missing)
+
+
+def test_only_the_probes_that_a_rule_lives_on_make_it_doubtful() -> None:
+    """A server without traffic has no percentiles, and its dropped slot is gone all the same."""
+    troubled = replace(WELL, instances_troubled={"a:5432": frozenset({"latency", "disk_pg_wal"})})
+    assert troubled.known(OF_A, lambda _instance: False, frozenset({"replication_slots"}))
+    assert not troubled.known(OF_A, lambda _instance: False, frozenset({"replication_slots", "disk"}))
+    assert not troubled.known(OF_A, lambda _instance: False, frozenset({"latency"}))
+    assert not troubled.known(OF_A, lambda _instance: False, None), "nobody knows what feeds a stranger's rule"
+    assert troubled.known(OF_A, lambda _instance: False, frozenset()), "what the collector makes has no probe"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from pathlib import Path
 
 import pytest
 
-from pgherd.alerts.load import builtin_text, load_rules, parse_duration_ns, parse_rules
+from pgherd.alerts.load import load_rules, parse_duration_ns, parse_rules
 from pgherd.alerts.model import Group, RecordingRule
 from pgherd.promql.parse import parse
 from pgherd.proto.errors import ConfigError
@@ -188,15 +187,3 @@ def test_durations_as_prometheus_writes_them(text: str, expected_s: float) -> No
 def test_what_isnt_a_duration(text: str) -> None:
     with pytest.raises(ValueError, match="not a duration"):
         parse_duration_ns(text)
-
-
-def test_the_builtin_pack_loads_and_each_rule_has_its_runbook() -> None:
-    groups = load_rules([], builtin=True, interval_s=15, check_expression=parse)
-    rules = {rule.alert: rule for group in groups for rule in group.alerting}
-    assert sorted(rules) == ["AgentSilent", "ConnectionsHigh", "InstanceDown"]
-    for rule in rules.values():
-        assert {"summary", "description", "runbook_url"} <= rule.annotations.keys()
-        assert rule.labels["severity"].text in ("critical", "warning")
-        page = (REPOSITORY / rule.annotations["runbook_url"].text).read_text()
-        assert page.startswith(f"# {rule.alert}\n")
-    assert re.search(r"^groups:$", builtin_text(), re.MULTILINE)

@@ -118,3 +118,14 @@ def test_a_bad_test_file_is_refused_with_its_line(text: str, line: int) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_unit_tests(text, "t.yaml")
     assert caught.value.message.startswith(f"t.yaml:{line}: ")
+
+
+def test_check_warns_of_series_that_nobody_emits(tmp_path: Path) -> None:
+    """Another sender may have them: a warning, and the file is fine."""
+    rules = tmp_path / "r.yaml"
+    rules.write_text("groups:\n- name: g\n  rules:\n  - alert: A\n    expr: pg_uq == 0\n  - alert: B\n    expr: pg_up == 0\n")
+    result = _pgherd("rules", "check", rules)
+    assert result.exit_code == 0
+    warning = f"{rules}:4: A: no supported version emits pg_uq; did you mean pg_up?"
+    assert result.output == f"{rules}: ok, 2 rules in 1 groups\n  warning: {warning}\n"
+    assert json.loads(_pgherd("rules", "check", "--json", rules).output)["files"][0]["warnings"] == [warning]

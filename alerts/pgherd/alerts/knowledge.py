@@ -8,10 +8,13 @@ told from the end of the news.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # The labels by which an alert names what feeds it, from the narrowest to the widest.
 _SUBJECT_LABELS = ("instance", "node", "cluster", "agent", "agent_id")
+
+# In place of a probe's name: nothing of the server can be read.
+EVERYTHING = ""
 
 # Whether the series that a rule reads have a value for an instance now.
 InputsHeard = Callable[[str], bool]
@@ -34,18 +37,20 @@ class Watched:
 @dataclass(frozen=True, slots=True)
 class Knowledge:
     """Facts at one instant: what is watched, which agents (ids) are alive, and of the instances (label values)
-    which were lately seen up and which have a probe that can't tell its values."""
+    which were lately seen up and which probes can't tell their values (EVERYTHING: the server itself can't be asked)."""
 
     watched: tuple[Watched, ...]
     agents_alive: frozenset[str]
     instances_up: frozenset[str]
-    instances_troubled: frozenset[str] = frozenset()
+    instances_troubled: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
-    def known(self, labels: Mapping[str, str], inputs_heard: InputsHeard) -> bool:
+    def known(self, labels: Mapping[str, str], inputs_heard: InputsHeard, probes: frozenset[str] | None = None) -> bool:
         """Whether everything that `labels` speaks of is heard; `inputs_heard` is asked only when in doubt.
 
-        A troubled instance is known as far as the rule's own inputs have values: the server refuses a new
-        connection (53300), the agent still says so, but what it would have to count is missing.
+        `probes` yield what the rule reads, None when nobody knows. An instance on which one of them can't tell its values is
+        known as far as the rule's own inputs have values: the server refuses a new connection (53300), the agent still says
+        so, but what it would have to count is missing. What another probe can't tell (percentiles of a server without
+        traffic, a volume that is closed to the agent) is no reason to doubt.
         An alert about nothing that pgherd watches (a foreign client's series, a node taken out of the
         herd, an alert over the whole herd) counts as known: there is nothing to wait for.
         """
@@ -55,19 +60,29 @@ class Knowledge:
         concerned = [one for one in self.watched if all(getattr(one, name) == value for name, value in subject.items())]
         about_agent_only = subject.keys() <= {"agent", "agent_id"}
         return all(
-            one.agent_id in self.agents_alive and (about_agent_only or self._instance_known(one.instance, inputs_heard))
+            one.agent_id in self.agents_alive and (about_agent_only or self._instance_known(one.instance, inputs_heard, probes))
             for one in concerned
         )
 
-    def _instance_known(self, instance: str, inputs_heard: InputsHeard) -> bool:
-        return instance in self.instances_up and (instance not in self.instances_troubled or inputs_heard(instance))
+    def _instance_known(self, instance: str, inputs_heard: InputsHeard, probes: frozenset[str] | None) -> bool:
+        if instance not in self.instances_up:
+            return False
+        troubled = self.instances_troubled.get(instance, frozenset())
+        concerned = EVERYTHING in troubled or any(probes is None or _is_one_of(probe, probes) for probe in troubled)
+        return not concerned or inputs_heard(instance)
+
+
+def _is_one_of(probe: str, probes: frozenset[str]) -> bool:
+    """Some name themselves more closely: disk_pg_wal is of disk."""
+    return probe in probes or probe.partition("_")[0] in probes
 
 
 def knowledge(
     watched: Collection[Watched],
     agents_alive: Collection[str],
     instances_up: Collection[str],
-    instances_troubled: Collection[str] = (),
+    instances_troubled: Mapping[str, Collection[str]] | None = None,
 ) -> Knowledge:
     """Facts from what the shell read."""
-    return Knowledge(tuple(watched), frozenset(agents_alive), frozenset(instances_up), frozenset(instances_troubled))
+    troubled = {instance: frozenset(probes) for instance, probes in (instances_troubled or {}).items()}
+    return Knowledge(tuple(watched), frozenset(agents_alive), frozenset(instances_up), troubled)

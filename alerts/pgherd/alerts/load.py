@@ -53,16 +53,19 @@ def load_rules(
     interval_ns = int(interval_s * 1e9)
     groups: list[Group] = []
     if builtin:
-        groups += parse_rules(builtin_text(), "builtin.yaml", interval_ns=interval_ns, check_expression=check_expression)
+        for name, text in builtin_files().items():
+            groups += parse_rules(text, name, interval_ns=interval_ns, check_expression=check_expression)
     for file in files:
         groups += parse_rules(read_text(file), str(file), interval_ns=interval_ns, check_expression=check_expression)
     _refuse_repeated(groups)
     return tuple(groups)
 
 
-def builtin_text() -> str:
-    """The shipped rule pack, as it can also be given to Prometheus."""
-    return (resources.files("pgherd.alerts") / "rules" / "builtin.yaml").read_text(encoding="utf-8")
+def builtin_files() -> dict[str, str]:
+    """The shipped rule files, name → text, as they can also be given to Prometheus."""
+    directory = resources.files("pgherd.alerts") / "rules"
+    files = sorted((entry for entry in directory.iterdir() if entry.name.endswith(".yaml")), key=lambda entry: entry.name)
+    return {f"builtin/{entry.name}": entry.read_text(encoding="utf-8") for entry in files}
 
 
 def parse_rules(

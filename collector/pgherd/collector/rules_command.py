@@ -31,11 +31,16 @@ def rules() -> None:
 @_json
 @click.pass_obj
 def check(context: Any, files: tuple[Path, ...], as_json: bool) -> None:
-    """Say whether the rule FILES would load: YAML, expressions, templates, repeated rules."""
+    """Say whether the rule FILES would load: YAML, expressions, templates, repeated rules.
+
+    Warns of series that no agent or collector emits: a rule over those never fires, unless another sender has them.
+    """
     as_json = as_json or bool(getattr(context, "json", False))
 
     def body() -> int:
+        from pgherd.alerts.lint import emitted_by_pgherd, lint
         from pgherd.alerts.load import load_rules
+        from pgherd.collector.alerting.query import metric_names
         from pgherd.promql.parse import parse
 
         verdicts: list[dict[str, Any]] = []
@@ -43,7 +48,8 @@ def check(context: Any, files: tuple[Path, ...], as_json: bool) -> None:
             try:
                 groups = load_rules([file], builtin=False, interval_s=15, check_expression=parse)
                 count = sum(len(group.rules) for group in groups)
-                verdicts.append({"file": str(file), "ok": True, "groups": len(groups), "rules": count})
+                warnings = [str(finding) for finding in lint(groups, metric_names, emitted_by_pgherd())]
+                verdicts.append({"file": str(file), "ok": True, "groups": len(groups), "rules": count, "warnings": warnings})
             except ConfigError as error:
                 verdicts.append({"file": str(file), "ok": False, "problem": error.message, "hint": error.hint})
         _tell(verdicts, as_json, [_checked(verdict) for verdict in verdicts])
@@ -86,7 +92,8 @@ def _tell(verdicts: Sequence[dict[str, Any]], as_json: bool, lines: Sequence[str
 
 def _checked(verdict: dict[str, Any]) -> str:
     if verdict["ok"]:
-        return f"{verdict['file']}: ok, {verdict['rules']} rules in {verdict['groups']} groups"
+        lines = [f"{verdict['file']}: ok, {verdict['rules']} rules in {verdict['groups']} groups"]
+        return "\n".join([*lines, *(f"  warning: {warning}" for warning in verdict["warnings"])])
     return _refused(verdict)
 
 

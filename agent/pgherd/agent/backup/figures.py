@@ -20,6 +20,7 @@ from pgherd.runtime.logging import get_logger
 
 _SOURCE: Final = "backups"
 _INTERVAL_S: Final = 60.0
+_LOOK_S: Final = 1.0  # a backup that has just ended is told at once
 _FIRST_AFTER_S: Final = 1.0
 _GAUGE: Final = MetricKind.GAUGE
 ENABLED: Final = Metric("pgherd_backup_enabled", _GAUGE, "Whether this agent backs the node up by schedule (a standby: no)")
@@ -95,14 +96,25 @@ class BackupFigures:
         self._standby = False  # as last known: a server that is down keeps its role in this
 
     async def run(self) -> None:
-        """Every minute, until cancelled."""
+        """Every minute and after each verb's end, until cancelled."""
         await asyncio.sleep(_FIRST_AFTER_S)  # so that the role is known
         while True:
             try:
                 await self.state()
             except Exception:  # noqa: BLE001 - the loop's guard: one unreadable minute isn't the end of all
                 _log.exception("backup.figures_failed", node=self._status().alias)
-            await asyncio.sleep(_INTERVAL_S)
+            stated = self._mark()
+            for _ in range(int(_INTERVAL_S / _LOOK_S)):
+                await asyncio.sleep(_LOOK_S)
+                if self._mark() != stated:
+                    break
+
+    def _mark(self) -> int:
+        """Changes with every recorded outcome: its file is published by a rename into the directory."""
+        try:
+            return self._directory.stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
 
     async def state(self) -> None:
         """One batch with what is known now."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from pgherd.alerts.knowledge import Knowledge
+from pgherd.alerts.lint import emitted_by_pgherd
 from pgherd.alerts.model import Group, Instance, QueryRow, RecordingRule, Rule, Transition
 from pgherd.alerts.recording import ALERTS, ALERTS_FOR_STATE, Labels, alert_series, canonical, record
 from pgherd.alerts.state import Known, Moment, step
@@ -222,7 +223,17 @@ class GroupEvaluation:
                 heard[metric] = frozenset(labels.get("instance", "") for labels, _value in self._query(selector, at_ms))
             return bool(metrics) and all(instance in heard[metric] for metric in metrics)
 
-        return lambda labels: facts.known(labels, inputs_heard)
+        probes = self._probes_of(rule)
+        return lambda labels: facts.known(labels, inputs_heard, probes)
+
+    def _probes_of(self, rule: Rule) -> frozenset[str] | None:
+        """Which probes yield what the rule reads; None when that is anybody's guess."""
+        probes: set[str] = set()
+        for metric in self._inputs(rule.expr) - _OWN_SERIES:
+            if (of_metric := emitted_by_pgherd().probes.get(metric)) is None:
+                return None
+            probes |= of_metric
+        return frozenset(probes)
 
     def _evaluate_recording(self, status: RecordingStatus, unix_ns: int, clock: Clock, points: list[Point]) -> RecordingStatus:
         rule, at_ms = status.rule, self._read_ms(unix_ns)

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 from sqlalchemy import Connection, select
 
-from pgherd.alerts.knowledge import Knowledge, Watched, knowledge
+from pgherd.alerts.knowledge import EVERYTHING, Knowledge, Watched, knowledge
 from pgherd.collector.alerting.group import Facts
 from pgherd.collector.alerting.query import Query
 from pgherd.proto.clock import Clock
@@ -49,8 +49,9 @@ SPOOL_AGE = Metric(
 )
 _METRICS = (HEARTBEAT_AGE, AGENT_UP, CLOCK_SKEW, SPOOL_AGE)
 
-# What the agent says of itself when a probe's values are missing.
-_TROUBLED = "pgherd_node_saturated == 1 or pg_exporter_last_scrape_error == 1 or pgherd_probe_unknown == 1"
+# What the agent says of itself when values are missing: a probe's, or (of the connection, or without a slot for it) all.
+_TROUBLED = "pgherd_node_saturated == 1 or pgherd_probe_unknown == 1"
+_CONNECTION = "connection"
 
 _APPEND_TIMEOUT_S = 30.0
 
@@ -105,11 +106,18 @@ def herd_facts(store: ControlStore, herd: Herd, query: Query, *, fresh_s: float 
     def instances(expr: str, at_ms: int) -> set[str]:
         return {labels.get("instance", "") for labels, _value in query(expr, at_ms)}
 
+    def troubled(at_ms: int) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for labels, _value in query(_TROUBLED, at_ms):
+            probe = labels.get("probe", _CONNECTION)
+            found.setdefault(labels.get("instance", ""), set()).add(EVERYTHING if probe == _CONNECTION else probe)
+        return found
+
     def facts(at_ms: int) -> Knowledge:
         with store.read() as connection:
             watched = watched_nodes(connection)
         alive = {one.agent_id for one in watched if herd.heard(one.agent_id) is not None}
-        return knowledge(watched, alive, instances(up_expr, at_ms), instances(_TROUBLED, at_ms))
+        return knowledge(watched, alive, instances(up_expr, at_ms), troubled(at_ms))
 
     return facts
 
