@@ -35,6 +35,24 @@ def exporter(sampling: dict[str, Any], figure: str) -> str:
     return "no postgres_exporter here" if beside is None else f"postgres_exporter, scraped every 10 s: {beside[figure]:.2%}"
 
 
+def wide_rows(wide: dict[str, Any]) -> list[tuple[str, str, str]]:
+    size = f"{wide['databases']} databases, {wide['tables']:,} tables"
+    return [
+        ("sampling cycle on a wide server, p50 / p95", f"{wide['cycle_p50_ms']:.1f} / {wide['cycle_p95_ms']:.1f} ms", size),
+        (
+            "a visit to one database",
+            f"{wide['visit_server_ms']:.1f} ms of the server, {wide['visit_agent_cpu_ms']:.1f} ms of the agent",
+            f"{wide['walks_for_a_whole_round']} walks of 5 min for all {wide['databases']}",
+        ),
+        (
+            "a reading of pg_stat_statements",
+            f"{wide['statements_server_ms']:.1f} ms of the server, {wide['statements_agent_cpu_ms']:.1f} ms of the agent",
+            f"{wide['statements']:,} statements, once a minute",
+        ),
+        ("resident memory with walks and statements", f"{wide['rss_bytes'] / MIB:.1f} MiB", "target 64 MiB"),
+    ]
+
+
 def rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(what, figure, beside it)"""
     ingest, sampling, query, backup, demo = (report[part] for part in ("ingest", "sampling", "query", "backup", "demo"))
@@ -58,6 +76,7 @@ def rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
             exporter(sampling, "server_cpu_share"),
         ),
         ("sampling, resident memory", f"{sampling['rss_bytes'] / MIB:.1f} MiB", "target 64 MiB"),
+        *wide_rows(report["wide"]),
     ]
     for name, figures in query["queries"].items():
         peer = (
@@ -144,6 +163,9 @@ def main() -> int:
     report = {
         "ingest": run(HERE / "bench_ingest.py", "--seconds", "5" if quick else "20"),
         "sampling": run(HERE / "bench_sampling.py", "--cycles", "50" if quick else "200"),
+        "wide": run(
+            HERE / "bench_wide.py", *(("--databases", "10", "--tables", "200", "--statements", "1000") if quick else ())
+        ),
         "query": run(HERE / "bench_query.py", "--series", "200" if quick else "1000"),
         "agents": run(
             HERE / "bench_idle_agents.py", *(("--idle", "200", "--shipping", "20", "--seconds", "20") if quick else ())

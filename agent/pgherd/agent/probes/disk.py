@@ -114,10 +114,11 @@ class DiskProbe:
 
     async def sample(self, places: Mapping[str, Path]) -> tuple[list[Sample], dict[str, str]]:
         """(samples, reasons by path_kind) for the places by path_kind."""
-        asked = {path: self._stuck.get(path) or self._start(path) for path in set(places.values())}
-        if asked:
-            await asyncio.wait(asked.values(), timeout=self._timeout_s)
-        self._stuck = {path: answer for path, answer in {**self._stuck, **asked}.items() if not answer.done()}
+        fresh = {path: self._start(path) for path in set(places.values()) if path not in self._stuck}
+        if fresh:
+            await asyncio.wait(fresh.values(), timeout=self._timeout_s)
+        asked = {**self._stuck, **fresh}
+        self._stuck = {path: answer for path, answer in asked.items() if not answer.done()}
         samples: list[Sample] = []
         unknown: dict[str, str] = {}
         for kind, path in places.items():
