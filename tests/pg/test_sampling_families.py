@@ -122,6 +122,14 @@ def test_standby_catches_up_to_lag_zero(monitored_pair: Pair, tmp_path: Path) ->
             assert status.value == 2
             assert seen.value("pgherd_replication_receive_lsn_bytes") <= seen.value("pgherd_replication_replay_lsn_bytes")
             assert not seen.find("pgherd_wal_insert_bytes_total")
+            assert seen.value("pgherd_wal_receiver_streaming") == 1
+            assert 0 <= seen.value("pgherd_wal_receiver_heard_age_seconds") < 60
+            assert seen.value("pgherd_recovery_min_apply_delay_seconds") == 0
+            assert seen.value("pgherd_timeline") == 1
+            position = "SELECT pg_last_wal_replay_lsn() - '0/0'"
+            replayed = seen.value("pgherd_wal_position_bytes", position="replay")
+            assert 0 < replayed <= float(monitored_pair.standby.execute(position)[0][0])
+            assert not seen.find("pgherd_wal_position_bytes", position="insert")
 
     asyncio.run(work())
 
@@ -157,6 +165,9 @@ def test_promotion_restart_and_reset_are_followed(private_pair: Pair, tmp_path: 
             assert bench.role() == "primary"
             assert promoted.value("pg_replication_is_replica") == 0
             assert promoted.find("pgherd_wal_insert_bytes_total")
+            assert promoted.value("pgherd_timeline") == 2, "at once, not after the next checkpoint"
+            assert not promoted.find("pgherd_wal_receiver_streaming")
+            assert {p.labels["position"] for p in promoted.find("pgherd_wal_position_bytes")} == {"insert", "write", "flush"}
             assert promoted.find("pg_settings_max_connections"), "the slow tier is asked again after a role change"
             standby.restart()
             again = await bench.cycle()  # the first statement on the dead connection fails; the cycle doesn't
