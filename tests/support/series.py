@@ -54,7 +54,7 @@ def batch(
 
 def quiet(**writer: float) -> SeriesSettings:
     """Settings under which the writer does no chores unless the test asks."""
-    calm = WriterSettings(checkpoint_interval_s=3600.0, expiry_interval_s=3600.0, checkpoint_wal_bytes=1 << 40)
+    calm = WriterSettings(checkpoint_interval_s=3600.0, expiry_interval_s=3600.0, checkpoint_wal_bytes=1 << 40, linger_s=0.0)
     return SeriesSettings(writer=replace(calm, **writer))  # type: ignore[arg-type]
 
 

@@ -313,3 +313,16 @@ def test_a_store_of_version_1_is_upgraded_and_keeps_its_series(tmp_path: Path) -
         assert len(read_all(store)) == series
         assert store.append(replace(batch(layout(3), BASE_MS + 1, [1.0] * 3), owner="agent:a")).result(10).stored_points == 3
         store.close()
+
+
+def test_few_points_wait_a_moment_for_company_and_many_do_not() -> None:
+    queue = CommitQueue(points_max=1000, bytes_max=1 << 30)
+    made = layout(3)
+    queue.put(batch(made, BASE_MS, [1.0] * 3))
+    threading.Timer(0.05, lambda: queue.put(batch(made, BASE_MS, [2.0] * 3))).start()
+    assert len(queue.take(points_max=100, timeout_s=0.0, linger_s=30.0, linger_points=6)) == 2
+    queue.put(batch(made, BASE_MS, [1.0] * 3))
+    assert len(queue.take(points_max=100, timeout_s=0.0, linger_s=0.01, linger_points=6)) == 1
+    queue.put(batch(made, BASE_MS, [1.0] * 3))
+    queue.close()
+    assert len(queue.take(points_max=100, timeout_s=0.0, linger_s=30.0, linger_points=6)) == 1

@@ -45,11 +45,16 @@ class CommitQueue:
             self._changed.notify()
             return future
 
-    def take(self, *, points_max: int, timeout_s: float) -> list[Waiting]:
-        """Everything that waits, up to `points_max` points but at least one batch; [] after the timeout or when closed."""
+    def take(self, *, points_max: int, timeout_s: float, linger_s: float = 0.0, linger_points: int = 0) -> list[Waiting]:
+        """Everything that waits, up to `points_max` points but at least one batch; [] after the timeout or when closed.
+
+        When few points wait it lingers for more: until `linger_points` wait, or `linger_s` are over.
+        """
         taken: list[Waiting] = []
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed, timeout_s)
+            if self._waiting and self.points < linger_points and linger_s > 0:
+                self._changed.wait_for(lambda: self.points >= linger_points or self._closed, linger_s)
             points = 0
             while self._waiting and (not taken or points + self._waiting[0][0].points <= points_max):
                 batch, future = self._waiting.popleft()
