@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from pgherd.storage.control.schema import notification_groups, outbox
 from pgherd.storage.control.store import ControlStore
 from support.alerts import Answers, TestClock, group, no_facts, rule
 from support.notifying import notifier, routing, timing
+from support.waiting import wait_until
 
 AUTHOR = Author("uid:ops", "socket")
 HIGH = rule("High", expr="x", labels={"severity": "critical"})
@@ -169,6 +171,27 @@ def test_a_silence_mutes_and_what_still_fires_is_told_when_it_ends(store: Contro
     bench.silencer.expire(second, AUTHOR)
     assert bench.notify() == ["hook High: b"], "told again: the snooze is over"
     assert id_ != second
+
+
+def test_after_an_outage_nothing_is_told_before_the_first_evaluation(store: ControlStore) -> None:
+    """The repeat is due, and what it would repeat has ended meanwhile."""
+    bench = Bench(store, routing(when=timing(repeat_s=60)))
+    bench.turn("a")
+    bench.clock.advance(3600)
+    bench.restart()
+
+    async def run() -> None:
+        task = asyncio.create_task(bench.notifier.run())
+        done, _pending = await asyncio.wait([task], timeout=0.4)
+        assert not done
+        assert len(bench.letters()) == 1
+        await asyncio.to_thread(bench.turn, "", notify=False)
+        await asyncio.to_thread(wait_until, lambda: len(bench.letters()) > 1, 20, "the end being told")
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(run())
+    assert [message.status for _receiver, message in bench.letters()] == ["firing", "resolved"]
 
 
 def test_routes_choose_receivers_and_the_rest_goes_to_the_default(store: ControlStore) -> None:

@@ -18,6 +18,7 @@ import httpx
 from pgherd.alerts.model import Instance, State
 from pgherd.alerts.notification import rfc3339
 from pgherd.alerts.notify import DeliveryError
+from pgherd.collector.alerting.evaluation import first_evaluation
 from pgherd.collector.alerting.group import GroupStatus
 from pgherd.collector.alerting.silencing import Silencer
 from pgherd.proto.clock import Clock
@@ -72,8 +73,9 @@ class AlertmanagerPush:
         self._news.set()
 
     async def run(self) -> None:
-        """Push until cancelled."""
+        """Push until cancelled. Call after Evaluator.restore."""
         try:
+            await first_evaluation(self._status, self._clock)
             while True:
                 self._news.clear()
                 try:

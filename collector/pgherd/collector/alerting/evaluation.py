@@ -20,6 +20,8 @@ from pgherd.collector.alerting.recorded import RecordedSeries
 from pgherd.proto.clock import Clock
 from pgherd.storage.control.store import ControlStore
 
+_FIRST_EVALUATION_S = 30.0
+
 
 class Evaluator:
     """All groups. `status()` may be called from any thread at any time."""
@@ -107,3 +109,15 @@ class Evaluator:
             if missed:
                 evaluation.missed(missed)
             slot_mono_s += (missed + 1) * interval_s
+
+
+async def first_evaluation(status: Callable[[], Sequence[GroupStatus]], clock: Clock) -> None:
+    """Wait until every group was evaluated in this process, or could have been.
+
+    What was restored is how things stood before we were away: a repeat, or a page after a silence, would tell of what may
+    be over. A store that can't be written mustn't keep silent for ever what was to be told before.
+    """
+    deadline_mono_s = clock.mono_s() + _FIRST_EVALUATION_S
+    # Evaluations happen on threads, most of them without news that could wake anybody.
+    while clock.mono_s() < deadline_mono_s and any(group.evaluated_unix_ns is None for group in status()):  # noqa: ASYNC110
+        await asyncio.sleep(0.1)

@@ -15,6 +15,7 @@ from pgherd.alerts.model import Instance, Rule, State
 from pgherd.alerts.notification import Note, Notification, notification
 from pgherd.alerts.routing import Inhibition, Place, Routing, inhibited, place
 from pgherd.collector.alerting import rows
+from pgherd.collector.alerting.evaluation import first_evaluation
 from pgherd.collector.alerting.group import GroupStatus
 from pgherd.collector.alerting.silencing import Silencer, full_match
 from pgherd.proto.clock import Clock
@@ -106,6 +107,7 @@ class Notifier:
 
     async def run(self) -> None:
         """Take turns until cancelled. Call after Evaluator.restore."""
+        await first_evaluation(self._status, self._clock)
         while True:
             self._news.clear()
             before = self.counters.notifications
