@@ -48,6 +48,16 @@ def test_what_is_dear_goes_and_the_rest_stays() -> None:
     assert budget.allows("statements")
 
 
+def test_what_a_new_session_costs_at_first_is_booked_and_no_price() -> None:
+    budget = Budget(SHARE, INTERVALS)
+    for tier in SHED_ORDER:
+        budget.spent(tier, 10.0, 0.0, is_first=True)
+    assert not budget.shed
+    assert budget.spent_s("cycle") == 10.0
+    budget.spent("cycle", 10.0, 10.0)
+    assert "cycle" in budget.shed, "the next one counts"
+
+
 def test_one_hiccup_sheds_nothing() -> None:
     budget = Budget(SHARE, INTERVALS)
     run(budget, range(100), 1.0)

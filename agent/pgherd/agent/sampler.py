@@ -159,6 +159,7 @@ class NodeSampler:
         self._rhythm = Rhythm(intervals_s)
         others_s = {"tables": max(sampling.rare_interval, slow_s), "statements": slow_s, "latency": _LATENCY_INTERVAL_S}
         self.budget = Budget(sampling.server_share_max, {**intervals_s, **others_s})
+        self._planned: set[Tier] = set()  # tiers that this connection has asked before
         self._another_server = False  # than the one whose series live
         self._cycle_due_mono_s = clock.mono_s()
         self._errors: dict[tuple[str, str], int] = {}
@@ -247,6 +248,7 @@ class NodeSampler:
         """Make sure that there is a connection, and know who answers there. Raises PgherdError."""
         if not await self.connection.open():
             return
+        self._planned.clear()
         await self.connection.fetch(_IDLE_SQL)
         (row,) = await self.connection.fetch(_IDENTITY_SQL)
         version, identifier = int(row["version"]), str(row["system_identifier"] or "")
@@ -309,7 +311,8 @@ class NodeSampler:
             costs[tier] = costs.get(tier, 0.0) + (0.0 if waited else answer.cost_s)
         before = self.budget.shed
         for tier, cost_s in costs.items():
-            self.budget.spent(tier, cost_s, now_mono_s)
+            self.budget.spent(tier, cost_s, now_mono_s, is_first=tier not in self._planned)
+        self._planned |= costs.keys()
         if self.budget.shed != before:
             _log.warning("sampling.shed_changed", node=self._node.alias, shed=list(self.budget.shed), before=list(before))
 

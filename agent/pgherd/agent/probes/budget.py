@@ -80,11 +80,15 @@ class Budget:
         """Server seconds that the tier has caused since the start."""
         return self._accounts[tier].spent_s
 
-    def spent(self, tier: str, cost_s: float, now_mono_s: float) -> None:
-        """One tick of the tier (of "tables": one walk) cost the server so much; sheds at once if that is too much."""
+    def spent(self, tier: str, cost_s: float, now_mono_s: float, *, is_first: bool = False) -> None:
+        """One tick of the tier (of "tables": one walk) cost the server so much; sheds at once if that is too much.
+
+        `is_first` of a session that goes on: it plans the statements and fills its caches. Booked, but no price.
+        """
         account = self._accounts[tier]
         account.spent_s += cost_s
-        account.costs_s.append(cost_s)
+        if not is_first:
+            account.costs_s.append(cost_s)
         self.judge(now_mono_s)
 
     def judge(self, now_mono_s: float) -> None:
