@@ -208,6 +208,27 @@ def test_without_pg_stat_statements_and_after_its_reset_the_count_is_another_or_
     asyncio.run(go())
 
 
+@pytest.mark.parametrize("major", [17, 18])
+def test_other_majors_answer_the_same_questions(postgres_fleet: Fleet, tmp_path: Path, major: int) -> None:
+    made = postgres_fleet.server(major)
+    made.create_role("monitor", member_of=["pg_monitor"])
+    made.create_role("app")
+    made.execute("CREATE TABLE t AS SELECT 1 AS one; GRANT ALL ON t TO app")
+
+    async def go() -> None:
+        async with watching(made, tmp_path) as watch:
+            await clients(4, quick(made))
+            await watch.seen()
+            found = await watch.window()
+            assert found.count is not None
+            assert found.count.source == "statements"
+            assert found.count.best == pytest.approx(1200, abs=15)
+            assert found.over == (0.0, 0.0)
+
+    asyncio.run(go())
+    made.stop()
+
+
 def test_a_role_that_may_not_see_and_sessions_that_arent_tracked_are_named(server: Server, tmp_path: Path) -> None:
     server.create_role("blind")
 
