@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from typing import Any
 
@@ -16,6 +17,7 @@ from pgherd.collector.ingest.otlp import Decoded
 from pgherd.collector.ingest.shape import ShapeCache, scan, template_of
 from pgherd.proto.errors import PeerError
 from pgherd.proto.samples import STALE_NAN_BITS
+from support.mutations import mutated
 from support.otlp import histogram, resource
 
 LIMITS = AdmitLimits(points_max=1000)
@@ -24,6 +26,26 @@ KEYS = st.sampled_from(["datname", "job", "node", "a.b", "a_b", "__name__", "9x"
 SPECIAL_BITS = st.sampled_from([STALE_NAN_BITS, 0x7FF8000000000000, 0, 1 << 63, (1 << 64) - 1, 0x7FF0000000000000])
 TEMPORALITY: st.SearchStrategy[Any] = st.sampled_from([0, 1, 2, 2, 2])
 WORDS = st.one_of(SPECIAL_BITS, st.integers(0, (1 << 64) - 1))
+
+
+def _real() -> list[bytes]:
+    bodies = []
+    for series in (1, 3, 20):
+        request = ExportMetricsServiceRequest()
+        made = resource(request)
+        gauge = made.scope_metrics.add().metrics.add(name="pg_up").gauge
+        total = made.scope_metrics[0].metrics.add(name="pg_commits").sum
+        total.is_monotonic, total.aggregation_temporality = True, 2
+        for number in range(series):
+            for points in (gauge.data_points, total.data_points):
+                point = points.add(as_double=number / 3, time_unix_nano=1_900_000_000_000_000_000)
+                point.attributes.add(key="datname").value.string_value = f"db{number}"
+        histogram(made, "latency", [0.1, 1.0], [3, 2, 1], time_ns=1_900_000_000_000_000_000, total=2.5, delta=False)
+        bodies.append(request.SerializeToString())
+    return bodies
+
+
+REAL = _real()
 
 
 class AnyPeer:
@@ -171,6 +193,29 @@ def test_fast_path_equals_slow_path(body: bytes, kind: str, data: st.DataObject)
 def test_any_bytes_are_decoded_or_refused(body: bytes) -> None:
     scan(body)
     assert not isinstance(slow(body, "client"), str) or slow(body, "client") in ("ingest.malformed", "ingest.too_large")
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> bytes:
+    """A request that real exporters send, with pieces cut out, doubled and exchanged."""
+    atoms = [b"\x00", b"\xff" * 10, b"\x0a\xff", b"\x12\x7f", b"\x80" * 11 + b"\x01", b"\x0a\x00"]
+    return mutated(draw, draw(st.sampled_from(REAL)), REAL, atoms)
+
+
+@settings(max_examples=int(os.environ.get("PGHERD_FUZZ_EXAMPLES", "300")), deadline=None)
+@given(body=damaged(), kind=st.sampled_from(["agent", "client"]))
+def test_a_damaged_request_is_decoded_alike_or_refused(body: bytes, kind: str) -> None:
+    expected = slow(body, kind)
+    assert not isinstance(expected, str) or expected in ("ingest.malformed", "ingest.too_large")
+    cache, peer = ShapeCache(LIMITS), AnyPeer(kind)
+    for whole in (*REAL, *REAL):  # templates of the undamaged ones are known
+        cache.decode(whole, peer)
+    for _ in range(2):
+        try:
+            found: object = facts(cache.decode(body, peer))
+        except PeerError as error:
+            found = error.code
+        assert found == expected
 
 
 def test_no_part_of_a_request_is_taken_twice() -> None:

@@ -14,8 +14,9 @@ import pytest
 from pgherd.proto.errors import ConfigError, IntegrityError, PreconditionError, TransientError
 from pgherd.proto.samples import STALE_NAN, STALE_NAN_BITS, Metric, MetricKind
 from pgherd.proto.selectors import Matcher, MatchOp
+from pgherd.runtime.clock import SystemClock
 from pgherd.storage.series.batch import Batch, Shipment, layout_of
-from pgherd.storage.series.database import FORMAT_VERSION
+from pgherd.storage.series.database import FORMAT_VERSION, Database, DatabaseSettings
 from pgherd.storage.series.queue import CommitQueue
 from pgherd.storage.series.store import SeriesSettings, SeriesStore
 from support.series import BASE_MS, HandClock, batch, layout, name_is, open_store, quiet, read_all
@@ -326,3 +327,24 @@ def test_few_points_wait_a_moment_for_company_and_many_do_not() -> None:
     queue.put(batch(made, BASE_MS, [1.0] * 3))
     queue.close()
     assert len(queue.take(points_max=100, timeout_s=0.0, linger_s=30.0, linger_points=6)) == 1
+
+
+def test_a_few_series_and_many_are_selected_alike(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    store.append(batch(layout(200), BASE_MS, [float(number) for number in range(200)])).result(10)
+    for pattern, wanted in (("7", 1), ("[0-9]|[1-5][0-9]", 60), ("[0-9]{1,2}", 100), (".*", 200)):
+        found = store.select([name_is("m"), Matcher("i", MatchOp.REGEX, pattern)], BASE_MS, BASE_MS)
+        assert sorted(float(window.labels["i"]) for window in found) == sorted(float(window.values[0]) for window in found)
+        assert len(found) == wanted
+    store.close()
+
+
+def test_a_read_that_takes_too_long_is_cut_off_and_the_next_is_not(tmp_path: Path) -> None:
+    database = Database.open(tmp_path / "s.duckdb", DatabaseSettings(read_timeout_s=0.3), SystemClock())
+    for _ in range(2):
+        with pytest.raises(TransientError) as caught, database.read() as cursor:
+            cursor.execute("SELECT max(hash(a.i + b.j)) FROM range(10000000) a(i), range(10000000) b(j)").fetchone()
+        assert caught.value.code == "query.timeout"
+        with database.read() as cursor:
+            assert cursor.execute("SELECT 1").fetchone() == (1,)
+    database.close()

@@ -89,13 +89,16 @@ def is_stale(values: Floats) -> Bools:
 def arrange(series: Sequence[SeriesWindow], *, drop_stale: bool) -> Selection:
     """Order fetched series by labels and gather those with equal timestamps into blocks."""
     ordered = sorted(((to_labels(window.labels), window) for window in series), key=lambda pair: pair[0])
+    entries = [(row, window.times_ms, window.values) for row, (_, window) in enumerate(ordered)]
+    blocks = list(_blocks(entries))
+    if drop_stale:
+        blocks = [left for block in blocks for left in _without_stale(block)]
+    return Selection([labels for labels, _ in ordered], blocks)
+
+
+def _blocks(entries: Sequence[tuple[int, Integers, Floats]]) -> Iterator[Block]:
     groups: dict[tuple[int, int, int], list[tuple[Integers, list[int], list[Floats]]]] = {}
-    for row, (_, window) in enumerate(ordered):
-        times = np.asarray(window.times_ms, dtype=np.int64)
-        values = np.asarray(window.values, dtype=np.float64)
-        if drop_stale and np.isnan(values).any():
-            kept = ~is_stale(values)
-            times, values = times[kept], values[kept]
+    for row, times, values in entries:
         if not len(times):
             continue
         candidates = groups.setdefault((len(times), int(times[0]), int(times[-1])), [])
@@ -106,12 +109,24 @@ def arrange(series: Sequence[SeriesWindow], *, drop_stale: bool) -> Selection:
                 break
         else:
             candidates.append((times, [row], [values]))
-    blocks = [
-        Block(np.array(rows, dtype=np.intp), times, np.stack(columns))
-        for candidates in groups.values()
-        for times, rows, columns in candidates
-    ]
-    return Selection([labels for labels, _ in ordered], blocks)
+    for candidates in groups.values():
+        for times, rows, columns in candidates:
+            yield Block(np.array(rows, dtype=np.intp), times, np.stack(columns))
+
+
+def _without_stale(block: Block) -> Iterator[Block]:
+    """The block less its stale markers: series with some get times of their own."""
+    stale = is_stale(block.values)
+    marked = stale.any(axis=1)
+    if not marked.any():
+        yield block
+        return
+    if not marked.all():
+        yield Block(block.rows[~marked], block.times_ms, block.values[~marked])
+    kept = ~stale
+    yield from _blocks(
+        [(int(block.rows[row]), block.times_ms[kept[row]], block.values[row][kept[row]]) for row in np.flatnonzero(marked)]
+    )
 
 
 def instant_vector(selection: Selection, at_ms: Integers, lookback_ms: int, checkpoint: Checkpoint) -> VectorGrid:

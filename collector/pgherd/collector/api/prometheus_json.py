@@ -28,9 +28,12 @@ _GO_PLAIN_BELOW = 1e21
 _INTEGER_BELOW = 2.0**53
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 def dump(document: object) -> bytes:
     """Compact JSON in UTF-8; characters that UTF-8 can't hold become question marks."""
-    return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    return _ENCODER.encode(document).encode("utf-8", "replace")
 
 
 def format_value(value: float) -> str:

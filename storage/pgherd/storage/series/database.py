@@ -35,6 +35,7 @@ from pgherd.runtime.durable import exclusive_lock, fsync_directory, newer_format
 from pgherd.runtime.logging import get_logger
 from pgherd.storage.series.catalog import Catalog
 from pgherd.storage.series.damage import DamagedFileError, is_file_damage, require_duckdb_file
+from pgherd.storage.series.overdue import OverdueReaders
 
 FORMAT_NAME = "pgherd-series"
 FORMAT_VERSION = 2
@@ -73,6 +74,7 @@ class Database:
         self._held = contextlib.ExitStack()
         self._gate = threading.Condition()
         self._readers: set[duckdb.DuckDBPyConnection] = set()
+        self._overdue = OverdueReaders(settings.read_timeout_s, clock)
         self._connection: duckdb.DuckDBPyConnection | None = None
         self._closed = False
         self.catalog = Catalog()  # as of the last opening
@@ -158,6 +160,7 @@ class Database:
             self._gate.wait_for(lambda: not self._readers, self._settings.read_timeout_s)
             if connection is not None:
                 connection.close()
+        self._overdue.close()
         self._held.close()
 
     # --- the readers' side ----------------------------------------------------------------------
@@ -173,9 +176,7 @@ class Database:
                 raise unavailable("the series store is closed")
             cursor = self.connection.cursor()
             self._readers.add(cursor)
-        timer = threading.Timer(self._settings.read_timeout_s, cursor.interrupt)
-        timer.daemon = True
-        timer.start()
+        self._overdue.watch(cursor)
         try:
             yield cursor
         except duckdb.InterruptException as error:
@@ -195,7 +196,7 @@ class Database:
                 ) from error
             raise unavailable(f"the series store can't be read: {first_line(error)}") from error
         finally:
-            timer.cancel()
+            self._overdue.release(cursor)
             cursor.close()
             with self._gate:
                 self._readers.discard(cursor)
