@@ -334,7 +334,8 @@ def _tick_batch(node: str, at_ms: int, answer: _Answer | None) -> Batch:
 @contextlib.contextmanager
 def watch(fleet: Fleet, directory: Path, major: int | None = None) -> Iterator[tuple[Watch, Link]]:
     """A primary, a standby behind a link, and a standby of that; watched, with beats that don't run yet."""
-    quick = {"wal_retrieve_retry_interval": "200ms", "max_wal_size": "256MB"}
+    # Without autovacuum: what it commits on an otherwise idle primary is lag, but no beat.
+    quick = {"wal_retrieve_retry_interval": "200ms", "max_wal_size": "256MB", "autovacuum": "off"}
     primary = fleet.server(major, quick, own_identifier=True)
     beats = Beats(primary)
     beats.start()

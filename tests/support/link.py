@@ -106,6 +106,7 @@ class Link:
         except OSError:
             pass
         finally:
+            self._open.wait()  # an end isn't news either while the link is deaf
             with self._lock:
                 self._sockets -= {source, sink}
             for one in (source, sink):

@@ -303,6 +303,7 @@ class Collector:
                 ("grpc.max_allowed_incoming_connections", connections_max),
                 ("grpc.keepalive_time_ms", 20_000),
                 ("grpc.keepalive_timeout_ms", 10_000),
+                ("grpc.keepalive_permit_without_calls", 1),  # its session ended long before: only the connection is left
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
                 ("grpc.max_concurrent_streams", 64),  # of one connection: ours need two
             ],

@@ -7,11 +7,10 @@ the standby that it answers wrongly while its link is cut, and a cascade is meas
 
 Never broken:
 - 0 only when the standby had replayed everything that the primary is known to have written by the moment in question, and
-  the primary was seen within WIDTH_MAX_MS of it (one missed sample) or is known not to have written since;
+  the primary was seen within a second of it or is known not to have written since;
 - a value only for a time at which the primary was seen too: its samples reach up to it or beyond;
 - with positions fixed the lag grows as time does; a standby that replayed more isn't further behind;
-- a value's error is at most half of its bracket, and brackets wider than WIDTH_MAX_MS and a fifth of the value aren't values
-  (unknown: history_gap). To it comes what the clocks differ after correction (half a round trip of the heartbeats);
+- a value is wrong by at most a second or a tenth of itself; what would be worse isn't a value (unknown: history_gap). To it comes what the clocks differ after correction (half a round trip of the heartbeats);
 - several primaries, a silent one, another timeline, a position that the primary never wrote: unknown, never a number;
 - unknown carries a proven lower bound where there is one: written WAL that isn't replayed stays written.
 
@@ -30,7 +29,8 @@ from pgherd.collector.replication.history import FINE_MAX_MS, Added, WalHistory
 SILENT_MS = 15_000  # without a sample for so long: nothing is known of a server
 TAKEOVER_MS = 3_000  # a primary unseen for so long while another is: the other took over (three samples)
 AHEAD_MAX_MS = 3_000  # ahead of the primary's samples for longer than samples and clocks explain
-WIDTH_MAX_MS = 2_000  # a bracket this wide is at most a second wrong
+ERROR_MAX_S = 1.0
+WIDTH_MAX_MS = 2_000  # a bracket this wide is at most a second wrong: one missing sample
 DEAF_AFTER_S = 35.0  # wal_receiver_timeout / 2 + 5 s at the default: a live receiver has heard something by then
 _PENDING_MAX = 32
 
@@ -259,9 +259,11 @@ class ClusterLag:
         if due is None or passed is None or due_ms < (passed.after_ms or 0):
             return Known(seen.at_ms, 0.0, wal_bytes)
         if seen.replayed >= due.lsn:
-            # What it lacks was written after the primary's last sample before that moment: behind by no more than that.
-            is_seen = passed.after_ms is not None and due_ms - passed.after_ms <= WIDTH_MAX_MS
-            return Known(seen.at_ms, 0.0, wal_bytes) if is_seen else Unknown(Reason.HISTORY_GAP)
+            # What it lacks was written after the primary's last sample before that moment, or after that moment itself: behind by
+            # no more than the time since. 0, or the least that is at most a second wrong when a sample came late or is missing.
+            if passed.after_ms is None or due_ms - passed.after_ms > WIDTH_MAX_MS:
+                return Unknown(Reason.HISTORY_GAP)
+            return Known(seen.at_ms, max(0.0, (due_ms - passed.after_ms) / 1000 - ERROR_MAX_S), wal_bytes)
         at_least_s = max(0.0, (due_ms - passed.by_ms) / 1000)
         if passed.after_ms is None:
             return Unknown(Reason.BEFORE_HISTORY, at_least_s)
