@@ -113,7 +113,7 @@ def test_an_insufficient_percentile_has_no_value_but_says_so() -> None:
     distribution = Buckets()
     distribution.add(0.004, 100)
     result = Estimate(
-        0.0, 60.0, Count(990, 1000, 1010, "statements"), (SUFFICIENT, WIDE, NOTHING), (3, 5), {9: 2, 8: 3}, (0.001, 0.012),
+        0.0, 60.0, Count(990, 1000, 1010, "statements"), (SUFFICIENT, WIDE, NOTHING), (3, 5), {9: 2, 8: 3}, 7, (0.001, 0.012),
         distribution, ("few_finished_seen",), 0.9, 700, 598, 2,
     )  # fmt: skip
     samples = samples_of(result, Grown(1), 1.0)
@@ -121,7 +121,7 @@ def test_an_insufficient_percentile_has_no_value_but_says_so() -> None:
     assert found(samples, "pgherd_statement_latency_seconds") == [(labels, 0.004)]
     assert [value for _, value in found(samples, "pgherd_statement_latency_ci_low_seconds")] == [0.0038, 0.01]
     assert [value for _, value in found(samples, "pgherd_statement_latency_insufficient")] == [0.0, 1.0, 1.0]
-    assert found(samples, "pgherd_statements_window") == [({}, 1000)]
+    assert found(samples, "pgherd_statements_window") == [({}, 1007)]
     assert found(samples, "pgherd_statements_over_threshold") == [({}, 3)]
     assert found(samples, "pgherd_statements_over_ratio_low") == [({}, 0.001)]
     assert [labels["queryid"] for labels, _ in found(samples, "pgherd_statements_over_threshold_by_query")] == ["8", "9"]
@@ -132,7 +132,7 @@ def test_an_insufficient_percentile_has_no_value_but_says_so() -> None:
 
 def test_unknown_is_absent_and_a_window_without_distribution_adds_nothing() -> None:
     grown = Grown(1)
-    nothing = Estimate(0.0, 60.0, None, (NOTHING,), None, {}, None, None, ("gaps",), 0.0, 0, 0, 600)
+    nothing = Estimate(0.0, 60.0, None, (NOTHING,), None, {}, 0, None, None, ("gaps",), 0.0, 0, 0, 600)
     samples = samples_of(nothing, grown, 1.0)
     names = {sample.metric.name for sample in samples}
     assert not names & {"pgherd_statements_window", "pgherd_statements_over_threshold", "pgherd_statements_over_ratio_low"}

@@ -80,6 +80,7 @@ class Estimate:
     quantiles: tuple[Quantile, ...]
     over: tuple[float, float] | None  # statements above the threshold: surely, and possibly; None when nothing was seen
     over_by_query: Mapping[int, int]
+    running_over: int  # above it and still running at the end
     ratio: tuple[float, float] | None  # binomial bounds of their share; None below STATEMENTS_MIN
     distribution: Buckets | None  # all statements, where the body is known
     notes: tuple[str, ...]  # why something is missing or doubtful
@@ -124,6 +125,7 @@ def estimate(window: Window, traffic: Traffic) -> Estimate:
         quantiles=quantiles,
         over=over,
         over_by_query=window.over_by_query,
+        running_over=window.running_over,
         ratio=ratio,
         distribution=distribution,
         notes=tuple(notes),

@@ -27,7 +27,9 @@ CI_HIGH: Final = Metric("pgherd_statement_latency_ci_high_seconds", _GAUGE, "Hig
 INSUFFICIENT: Final = Metric(
     "pgherd_statement_latency_insufficient", _GAUGE, "Whether what was seen doesn't suffice for the percentile"
 )
-STATEMENTS: Final = Metric("pgherd_statements_window", _GAUGE, "Statements of the last window")
+STATEMENTS: Final = Metric(
+    "pgherd_statements_window", _GAUGE, "Statements of the last window: ended, or above the threshold and still running"
+)
 OVER: Final = Metric("pgherd_statements_over_threshold", _GAUGE, "Statements of the window surely above the threshold")
 OVER_HIGH: Final = Metric(
     "pgherd_statements_over_threshold_high", _GAUGE, "Statements of the window possibly above the threshold"
@@ -114,7 +116,7 @@ def samples_of(estimate: Estimate, grown: Grown, threshold_s: float) -> list[Sam
             if value_s is not None:
                 samples.append(Sample(metric, labels, value_s))
     if estimate.count is not None:
-        samples.append(Sample(STATEMENTS, {}, estimate.count.best))
+        samples.append(Sample(STATEMENTS, {}, estimate.count.best + estimate.running_over))
     if estimate.over is not None:
         samples += [Sample(OVER, {}, estimate.over[0]), Sample(OVER_HIGH, {}, estimate.over[1])]
         often = sorted(estimate.over_by_query.items(), key=lambda item: -item[1])[:QUERIES_MAX]
