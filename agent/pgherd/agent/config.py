@@ -66,7 +66,7 @@ class RoundsConfig:
     walk_timeout: Duration = 60.0
     database_timeout: Duration = 4.0  # DROP DATABASE waits five seconds for visitors to leave
     tables_max: int = 50  # tables with series, and as many indexes, per database: those that changed most, and the largest
-    series_max: int = 10_000  # of all databases of a node together; each keeps room for a few tables
+    series_max: int = 10_000  # of all databases of a node together; each keeps room for a few tables, if there is so much
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from pgherd.agent.probes.catalog import Probe, load_catalog
 from pgherd.agent.probes.connection import Answer, NodeConnection, Rows
 from pgherd.agent.probes.pipeline import Question
 from pgherd.agent.probes.rows import samples_of, unknown_sample
-from pgherd.agent.rounds.plan import Database, relations_allowed, visiting_order
+from pgherd.agent.rounds.plan import SEQUENCES, SEQUENCES_BASIC, Database, relations_allowed, visiting_order
 from pgherd.agent.rounds.ranking import Choice, Ranking, parse_relations
 from pgherd.agent.telemetry.convert import Series, series_of, vanished
 from pgherd.agent.telemetry.emit import Emitter
@@ -343,7 +343,7 @@ class Rounds:
         limit = relations_allowed(self._settings.series_max, self._settings.tables_max, databases, others)
         held.choice = self._ranking.choose(database.oid, relations, limit)
         held.rows.append((first[0], listed.rows))
-        self._take(held, unknown, first[1], sequences)
+        self._take(held, unknown, first[1], sequences, rows_max=SEQUENCES if limit else SEQUENCES_BASIC)
         if sequences.rows and sequences.rows[0]["unreadable"]:
             unknown.append("sequences postgres.privilege")
         second = [(self._probes["tables"], held.choice.tables), (self._probes["indexes"], held.choice.indexes)]
@@ -368,9 +368,9 @@ class Rounds:
         )
 
     @staticmethod
-    def _take(held: _Held, unknown: list[str], probe: Probe, answer: Answer) -> None:
+    def _take(held: _Held, unknown: list[str], probe: Probe, answer: Answer, rows_max: int | None = None) -> None:
         if answer.error is None:
-            held.rows.append((probe, answer.rows))
+            held.rows.append((probe, answer.rows[:rows_max]))
             return
         phase = answer.error.context.get("phase")
         unknown.append(f"{probe.name} {answer.error.code}{f'.{phase}' if phase else ''}")
