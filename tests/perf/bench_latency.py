@@ -342,7 +342,7 @@ def cost(server: Server, connections: int, looks: int = 300) -> dict[str, Any]:
 
 
 def _error(value_ms: float | None, true_ms: float) -> str:
-    return "—" if value_ms is None or not true_ms > 0 else f"{(value_ms / true_ms - 1) * 100:+.0f}"
+    return "—" if value_ms is None or math.isnan(value_ms) or not true_ms > 0 else f"{(value_ms / true_ms - 1) * 100:+.0f}"
 
 
 def table(report: dict[str, Any]) -> str:
