@@ -121,6 +121,7 @@ class Queries:
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
+        self.exact = False  # of the last query: every engine must give the same bits
 
     @classmethod
     def numbered(cls, seed: int, number: int) -> Queries:
@@ -146,7 +147,9 @@ class Queries:
             return f"{self._pick(['sort', 'sort_desc'])}({self.vector(2).text})"
         if self._rng.random() < 0.05:
             return self._scalar(2)
-        return self.vector(self._rng.randrange(4)).text
+        whole = self.vector(self._rng.randrange(4))
+        self.exact = whole.exact
+        return whole.text
 
     def vector(self, depth: int) -> Vector:
         """A vector expression of at most this depth."""

@@ -13,10 +13,11 @@ from hypothesis.strategies import DrawFn, SearchStrategy, composite
 
 from pgherd.promql.engine import Limits, evaluate_instant, evaluate_range
 from pgherd.promql.values import Matrix, Scalar, Vector
-from pgherd.proto.errors import PreconditionError, TransientError
+from pgherd.proto.errors import PgherdError, PreconditionError, TransientError
 from pgherd.proto.samples import STALE_NAN
 from pgherd.proto.selectors import Matcher, MatchOp
 from support.memory_series import MemorySeries
+from support.promql_queries import START_S, Queries, dataset
 
 Labels = frozenset[tuple[str, str]]
 _STEP_MS = 7_000
@@ -237,3 +238,43 @@ def test_the_checkpoint_ends_an_evaluation() -> None:
     with pytest.raises(TransientError):
         evaluate_instant("x + x + x", 0, source, Limits(checkpoint=checkpoint))
     assert isinstance(evaluate_instant("1", 0, source), Scalar)
+
+
+@pytest.mark.parametrize("first", range(0, 240, 40))
+def test_generated_queries_in_a_range_equal_their_instants(first: int) -> None:
+    """Subqueries, @, many-to-one, choices, histograms, labels: at every step what an instant query there gives."""
+    source = MemorySeries()
+    for (metric, labels), samples in dataset(11).items():
+        source.add({"__name__": metric, **dict(labels)}, samples)
+    compared = 0
+    for number in range(first, first + 40):
+        expr = str(Queries.numbered(11, number).query()["query"]).replace("holt_winters", "double_exponential_smoothing")
+        if "start()" in expr or "end()" in expr or "sort" in expr:
+            continue  # these mean something else in a range query
+        start_ms = (START_S + 1500 + 7 * number) * 1000 + 500
+        steps = range(start_ms, start_ms + 300_001, 60_000)
+        try:
+            whole = evaluate_range(expr, steps[0], steps[-1], 60_000, source)
+        except PgherdError as error:
+            if error.code == "promql.execution":
+                assert any(_fails(expr, step, source, Limits()) for step in steps), expr
+            continue
+        for step in steps:
+            instant = evaluate_instant(expr, step, source)
+            if isinstance(instant, Vector):
+                expected = {frozenset(sample.labels.items()): sample.value for sample in instant.samples}
+                assert _same(_at(whole, step), expected), (expr, step)
+                compared += 1
+    assert compared > 50
+
+
+def test_all_that_is_held_at_once_counts_against_the_limit() -> None:
+    source = MemorySeries()
+    for number in range(10):
+        source.add({"__name__": "x", "n": str(number)}, [(0, 1.0)])
+    held = Limits(samples_max=400)
+    evaluate_range("x + x", 0, 90_000, 10_000, source, held)  # 100 cells a side and 100 of the sum
+    for expr in ("x + (x + (x + (x + x)))", "sum_over_time(x[10m:10s])"):
+        with pytest.raises(PreconditionError) as caught:
+            evaluate_range(expr, 0, 90_000, 10_000, source, held)
+        assert caught.value.code == "promql.limit", expr

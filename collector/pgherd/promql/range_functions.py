@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -42,7 +43,7 @@ def extrapolated(window: RangeWindow, *, is_counter: bool, per_second: bool) -> 
     first = window.values[:, window.low]
     result = window.values[:, last_index] - first
     if is_counter:
-        result += _resets_lost(window)
+        _add_what_resets_took(window, result)
     sampled_s = (times[last_index] - times[window.low]) / 1000.0
     average_s = sampled_s / (window.counts - 1)
     to_start_s = _bounded((times[window.low] - window.start_ms) / 1000.0, average_s)
@@ -64,16 +65,16 @@ def _bounded(gap_s: Floats, average_s: Floats) -> Floats:
     return np.where(gap_s >= average_s * _EXTRAPOLATION_SLACK, average_s / 2, gap_s)
 
 
-def _resets_lost(window: RangeWindow) -> Floats:
-    """What counter resets within each window took away: the sum of the values just before them."""
-    lost = np.zeros((window.values.shape[0], len(window.low)))
-    dropped = window.values[:, 1:] < window.values[:, :-1]
-    rows = np.flatnonzero(dropped.any(axis=1))
-    if len(rows):
-        before = np.zeros((len(rows), window.values.shape[1]))
-        before[:, 1:] = np.where(dropped[rows], window.values[rows, :-1], 0.0)
-        lost[rows] = window_reduce(np.add, before, window.low + 1, window.high)
-    return lost
+def _add_what_resets_took(window: RangeWindow, result: Floats) -> None:
+    """Add the value just before each counter reset, one after the other as Prometheus does: the last digits depend on it."""
+    rows = np.flatnonzero((window.values[:, 1:] < window.values[:, :-1]).any(axis=1))
+    if not len(rows):
+        return
+    values, total = window.values[rows], result[rows]
+    for columns, places in islice(window.rounds(), 1, None):
+        before = values[:, places - 1]
+        total[:, columns] += np.where(values[:, places] < before, before, 0.0)
+    result[rows] = total
 
 
 def _sum(window: RangeWindow) -> Floats:
