@@ -162,7 +162,7 @@ def main() -> int:
     quick = options.quick
     report = {
         "ingest": run(HERE / "bench_ingest.py", "--seconds", "5" if quick else "20"),
-        "sampling": run(HERE / "bench_sampling.py", "--cycles", "50" if quick else "200"),
+        "sampling": run(HERE / "bench_sampling.py", "--cycles", "50" if quick else "200", "--seconds", "20" if quick else "60"),
         "wide": run(
             HERE / "bench_wide.py", *(("--databases", "10", "--tables", "200", "--statements", "1000") if quick else ())
         ),
