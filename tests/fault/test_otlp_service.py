@@ -27,7 +27,7 @@ from pgherd.collector.ingest.service import SERVICE, Appender, MetricsService, S
 from pgherd.proto.errors import TransientError
 from pgherd.storage.series.batch import Batch, Receipt
 from pgherd.storage.series.store import SeriesStore
-from support.otlp import AGENT, INCARNATION, NODE, metric, resource, simple
+from support.otlp import AGENT, INCARNATION, NODE, histogram, metric, resource, simple
 from support.series import HandClock, name_is, open_store, quiet
 
 pytestmark = pytest.mark.fault
@@ -133,6 +133,22 @@ def test_acknowledged_is_stored_once_and_gaps_are_counted(store: SeriesStore) ->
     run(store, body)
     assert sequence_of(store) == (5, 2, 6)
     assert [len(window.times_ms) for window in store.select([name_is("pg_stat_x")], 0, 1 << 60)] == [3, 3]
+
+
+def test_a_histogram_counts_as_its_sender_counts_it(store: SeriesStore) -> None:
+    """One data point is many samples here; the agent's books and ours must agree all the same, on both decoding paths."""
+
+    async def body(wire: Wire) -> None:
+        for sequence in (1, 2, 2):
+            wire.clock.unix_ms += 1000
+            request = ExportMetricsServiceRequest.FromString(simple([1.0, 2.0], wire.now_ns()))
+            histogram(request.resource_metrics[0], "h", [0.1, 1.0], [3, 2, 1], time_ns=wire.now_ns())
+            await wire.export(request.SerializeToString(), sequence)
+        assert wire.service.shapes.hits > 0
+
+    run(store, body)
+    assert sequence_of(store) == (2, 0, 2 * 3)
+    assert store.counters.points_stored > 2 * 3
 
 
 def test_joined_requests_are_stored_under_their_own_sequences(store: SeriesStore) -> None:

@@ -331,7 +331,7 @@ def admitted(decoded: Decoded, shipment: Shipment | None, nows_unix_ns: tuple[in
     series, times, values, ordinals = decoded.series, decoded.times_ns, decoded.values, decoded.ordinals
     if kept is not None:
         series, times, values, ordinals = series[kept], times[kept], values[kept], ordinals[kept]
-    batch = Batch(decoded.layout, series, (times // 1_000_000).astype("int64"), values, shipment)
+    batch = Batch(decoded.layout, series, (times // 1_000_000).astype("int64"), values, shipment, origins=ordinals)
     return Admitted(batch, ordinals, rejected)
 
 

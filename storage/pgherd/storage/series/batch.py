@@ -82,10 +82,14 @@ class Batch:
     values: NDArray[np.float64]
     shipment: Shipment | None = None
     owner: str = ""  # who sends it: new series count into its share; "" is the collector itself
+    # The data point of the shipment that each sample is from, ascending: a histogram's point is many samples. None: each is one.
+    origins: NDArray[np.int32] | None = None
 
     def __post_init__(self) -> None:
         if not len(self.series) == len(self.times_ms) == len(self.values):
             raise ValueError("columns of different length")
+        if self.origins is not None and len(self.origins) != len(self.series):
+            raise ValueError("origins of another length than the columns")
         dtypes = (self.series.dtype, self.times_ms.dtype, self.values.dtype)
         if dtypes != (np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.float64)):
             raise ValueError(f"columns of wrong types: {dtypes}")
@@ -95,6 +99,13 @@ class Batch:
     @property
     def points(self) -> int:
         return len(self.series)
+
+    def points_sent(self, kept: NDArray[np.bool_] | None) -> int:
+        """How many data points of the shipment the kept samples (None: all) are from: what its sender counts."""
+        if self.origins is None:
+            return self.points if kept is None else int(np.count_nonzero(kept))
+        origins = self.origins if kept is None else self.origins[kept]
+        return int(np.count_nonzero(np.diff(origins))) + 1 if len(origins) else 0
 
     @property
     def size_bytes(self) -> int:
@@ -107,6 +118,7 @@ class Receipt:
     """The store's answer once the batch is durable: points = stored + refused + deltas_repeated, unless repeated."""
 
     stored_points: int
+    sent_points_stored: int = 0  # data points of the shipment with a sample among the stored: what its sender counts
     series_refused: int = 0  # distinct new series over series_max, their points not stored
     points_refused: int = 0
     refused: NDArray[np.bool_] | None = None  # which of the batch's points those are
@@ -134,7 +146,7 @@ Tap = Callable[[Rows], None]
 class ShipmentState:
     """What is durably known of one incarnation of a sender.
 
-    `stored_points` counts every point of it that was ever committed, once.
+    `stored_points` counts every data point of it, as its sender counts them, of which a sample was ever committed, once.
     """
 
     agent_id: str

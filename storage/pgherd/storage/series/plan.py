@@ -133,7 +133,7 @@ class _Draft:
                 batch.shipment.incarnation,
                 batch.shipment.sequence,
                 (before.gaps if before else 0) + gap,
-                (before.stored_points if before else 0) + receipt.stored_points,
+                (before.stored_points if before else 0) + receipt.sent_points_stored,
                 self._now_unix_ms,
             )
         return receipt
@@ -156,7 +156,9 @@ class _Draft:
         self.values.append(values)
         points_refused = int(np.count_nonzero(refused)) if refused is not None else 0
         over_share = bool(series_refused) and self._share_left(batch.owner) < 1
-        return Receipt(len(ids), series_refused, points_refused, refused, over_share, deltas_repeated, gap=gap)
+        return Receipt(
+            len(ids), batch.points_sent(kept), series_refused, points_refused, refused, over_share, deltas_repeated, gap=gap
+        )
 
     def _add_up(self, batch: Batch, ids: NDArray[np.int32]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """The batch's values with its increases turned into running totals, and which points aren't repeats of any."""
