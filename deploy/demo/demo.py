@@ -25,13 +25,14 @@ from commands import end_orphans, measuring, survivors
 from herd import Herd, herd
 from rich.console import Console
 from rich.live import Live
-from servers import pair
+from servers import pair, unmount
 from story import Story
 from view import picture
 
 from pgherd.postgres.scratch import sweep, workspace
 from pgherd.proto.errors import PgherdError
 from pgherd.runtime.config import parse_duration_s
+from pgherd.runtime.durable import is_locked
 from pgherd.runtime.render import emit_json, render_error
 
 PARENT = Path(tempfile.gettempdir()) / f"pgherd-demo-{os.geteuid()}"  # each OS user's own
@@ -105,6 +106,9 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     with contextlib.ExitStack() as stack:
         stack.callback(forget_parent)
         end_orphans(PARENT)
+        for left in PARENT.glob("s-*/log"):  # of a demo that was killed with -9, or of one that runs: that one is busy
+            if not is_locked(left.parent.with_suffix(".lock")) and left.is_mount():
+                unmount(left)
         sweep(PARENT)
         directory = stack.enter_context(workspace(PARENT))
         console.print("starting PostgreSQL …", style="dim")

@@ -15,22 +15,7 @@ from typing import Any
 
 from commands import BIN, CommandError, Service, call
 from servers import Pair, Server
-
-# The demo's one lowered value: the built-in rule waits a minute (`for: 1m`); nobody watches a demo that long.
-# The threshold stays 90 % of the usable connections and is crossed with real connections.
-RULES = """\
-groups:
-  - name: demo
-    interval: 2s
-    rules:
-      - alert: DemoConnectionsHigh
-        expr: pgherd_connections_used / pgherd_connections_usable > 0.9
-        for: 4s
-        labels: {severity: critical}
-        annotations:
-          summary: "{{ $labels.node }} uses {{ $value | humanizePercentage }} of its connections"
-"""
-LOWERED = "the built-in rule's `for` of 1m is 4s in the demo's rule; the threshold of 90 % is crossed with real connections"
+from thresholds import rules
 
 _COLLECTOR = """\
 state_directory = "{directory}/collector"
@@ -57,6 +42,7 @@ state_directory = "{directory}/agent-{name}"
 [sampling]
 interval = "1s"
 server_share_max = 0.2
+latency_window = "5s"
 [backup]
 enabled = {backups}
 repository = "{directory}/repository"
@@ -185,7 +171,7 @@ def herd(directory: Path, pair: Pair) -> Iterator[Herd]:
     """A configured herd with nothing of ours started yet; on leaving, everything that runs is stopped."""
     webhook = Webhook()
     ports = dict(zip(("http", "grpc", "enrol"), _ports(3), strict=True))
-    (directory / "rules.yaml").write_text(RULES, encoding="utf-8")
+    (directory / "rules.yaml").write_text(rules(pair.volume), encoding="utf-8")
     collector_file = directory / "collector.toml"
     collector_file.write_text(_COLLECTOR.format(directory=directory, webhook=webhook.port, **ports), encoding="utf-8")
     for server in (pair.primary, pair.standby):

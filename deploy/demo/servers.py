@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import socket
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from pgherd.proto.errors import ConfigError
 from pgherd.runtime.process import run, running
 
 MAX_CONNECTIONS = 40
+RESERVED_CONNECTIONS = 3  # superuser_reserved_connections
 _SETTINGS = {
     "listen_addresses": "127.0.0.1",
     "max_connections": str(MAX_CONNECTIONS),
@@ -28,11 +31,13 @@ _SETTINGS = {
     "max_wal_size": "256MB",
     "log_destination": "stderr",
     "log_min_messages": "fatal",
+    "shared_preload_libraries": "pg_stat_statements",  # how many statements there were: without that, no share of slow ones
 }
 _PROGRAMS = ("postgres", "initdb", "pg_basebackup", "pgbench", "pg_dump", "pg_restore")
 _SETUP = """
 CREATE ROLE pgherd LOGIN;
 GRANT pg_monitor, pg_read_all_data TO pgherd;
+CREATE EXTENSION pg_stat_statements;
 """
 
 
@@ -51,6 +56,14 @@ class Server:
 
 
 @dataclass(frozen=True, slots=True)
+class Volume:
+    """Where the primary logs to; small: a tmpfs of its own, which may be filled."""
+
+    path: Path
+    is_small: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Pair:
     """Primary and standby, and the programs they run."""
 
@@ -58,6 +71,7 @@ class Pair:
     standby: Server
     binaries: Binaries
     load: str  # what produces load, for the story
+    volume: Volume
 
 
 def _free_port() -> int:
@@ -85,12 +99,13 @@ def pair(directory: Path) -> Iterator[Pair]:
     user = server_user("postgres", "nobody")
     binaries = usable_by(_choose(), user, directory)
     with contextlib.ExitStack() as stack:
-        primary = _primary(binaries, user, directory, stack)
+        volume = stack.enter_context(_volume(directory / "log", user))
+        primary = _primary(binaries, user, directory, volume, stack)
         with psycopg.connect(primary.conninfo(), autocommit=True) as connection:
             connection.execute(_SETUP)
         standby = _standby(binaries, user, directory, primary, stack)
         load = _load(binaries, primary, stack)
-        yield Pair(primary, standby, binaries, load)
+        yield Pair(primary, standby, binaries, load, volume)
 
 
 def _home(directory: Path, name: str, user: OsUser, stack: contextlib.ExitStack) -> tuple[Path, Path]:
@@ -100,11 +115,33 @@ def _home(directory: Path, name: str, user: OsUser, stack: contextlib.ExitStack)
     return home, stack.enter_context(socket_directory(home, user))
 
 
-def _primary(binaries: Binaries, user: OsUser, directory: Path, stack: contextlib.ExitStack) -> Server:
+@contextlib.contextmanager
+def _volume(path: Path, user: OsUser) -> Iterator[Volume]:
+    """A directory for logs, on a small volume where we may mount one."""
+    path.mkdir(mode=0o755)
+    mounted = False
+    if shutil.which("mount") is not None:
+        options = ["-t", "tmpfs", "-o", "size=32m,mode=0755", "tmpfs"]
+        mounted = subprocess.run(["mount", *options, str(path)], check=False, capture_output=True).returncode == 0
+    user.own(path)
+    try:
+        yield Volume(path, mounted)
+    finally:
+        if mounted:
+            unmount(path)
+
+
+def unmount(path: Path) -> None:
+    """Also while somebody still looks into it."""
+    subprocess.run(["umount", "--lazy", str(path)], check=False, capture_output=True)
+
+
+def _primary(binaries: Binaries, user: OsUser, directory: Path, volume: Volume, stack: contextlib.ExitStack) -> Server:
     home, sockets = _home(directory, "primary", user, stack)
     data, port = home / "data", _free_port()
     initdb(binaries, data, user)
-    write_settings(data, {**_SETTINGS, "port": str(port), "unix_socket_directories": str(sockets)}, user)
+    logs = {"logging_collector": "on", "log_directory": str(volume.path)}
+    write_settings(data, {**_SETTINGS, **logs, "port": str(port), "unix_socket_directories": str(sockets)}, user)
     process = stack.enter_context(serving(binaries, data, user))
     return Server("primary", str(sockets), port, data, process.pid)
 

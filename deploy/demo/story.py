@@ -14,10 +14,8 @@ from typing import Any
 
 import psycopg
 from commands import CommandError
-from herd import LOWERED, Herd
-from servers import MAX_CONNECTIONS
-
-ALERT = "DemoConnectionsHigh"
+from herd import Herd
+from thresholds import CROSSED, crossed, note
 
 
 @dataclass
@@ -129,7 +127,7 @@ class Story:
 
     def tell(self) -> None:
         """The main job, step by step."""
-        for chapter in (self._samples, self._alert, self._backups, self._crash):
+        for chapter in (self._samples, self._thresholds, self._backups, self._crash):
             chapter()
 
     def _instant(self, expression: str) -> list[dict[str, Any]]:
@@ -173,40 +171,30 @@ class Story:
             }
             require(len(points) >= 3 and points[-1] > 1, points)
 
-    def _alert(self) -> None:
-        primary = self.herd.pair.primary
-        with self.step("an alert fires") as step, contextlib.ExitStack() as connections:
-            step.note = LOWERED
-            usable = MAX_CONNECTIONS - 3  # superuser_reserved_connections
-            opened = 0
-            with psycopg.connect(primary.conninfo(), autocommit=True) as watch:
-                while self._client_backends(watch) <= usable * 0.92:
-                    connections.enter_context(psycopg.connect(primary.conninfo()))
-                    opened += 1
-                started = time.monotonic()
-                until(lambda: self.herd.webhook.alerts(ALERT, "firing"), 40, "a firing notification at the webhook")
-                firing = [row for row in self.herd.pgherd("alerts", "ls") if row["labels"]["alertname"] == ALERT]
-                step.figures = {
-                    "connections_opened": opened,
-                    "client_backends": self._client_backends(watch),
-                    "usable": usable,
-                    "seconds_until_notified": round(time.monotonic() - started, 2),
-                    "state": [row["state"] for row in firing],
-                }
-                require(step.figures["state"] == ["firing"], firing)
-        with self.step("the alert resolves") as step:
-            started = time.monotonic()
-            until(lambda: self.herd.webhook.alerts(ALERT, "resolved"), 40, "a resolved notification at the webhook")
-            step.figures = {
-                "seconds_until_notified": round(time.monotonic() - started, 2),
-                "notifications": {status: self.herd.webhook.alerts(ALERT, status) for status in ("firing", "resolved")},
-            }
-
-    @staticmethod
-    def _client_backends(connection: psycopg.Connection[Any]) -> int:
-        row = connection.execute("SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'").fetchone()
-        assert row is not None
-        return int(row[0])
+    def _thresholds(self) -> None:
+        """All four are crossed at once; each has to be notified as firing, and as resolved afterwards."""
+        pair, webhook = self.herd.pair, self.herd.webhook
+        with contextlib.ExitStack() as faults:
+            began = time.monotonic()
+            faults.enter_context(crossed(pair))
+            for alert, what in CROSSED.items():
+                with self.step(f"{what}: an alert fires") as step:
+                    step.note = note(alert, pair.volume)
+                    until(lambda alert=alert: webhook.alerts(alert, "firing"), 60, f"{alert} firing at the webhook")
+                    firing = [row for row in self.herd.pgherd("alerts", "ls") if row["labels"]["alertname"] == alert]
+                    step.figures = {
+                        "alert": alert,
+                        "node": [row["labels"]["node"] for row in firing],
+                        "summary": [row["annotations"]["summary"] for row in firing],
+                        "state": [row["state"] for row in firing],
+                        "seconds_since_the_faults": round(time.monotonic() - began, 2),
+                    }
+                    require(step.figures["state"] == ["firing"], firing)
+        with self.step("the four alerts resolve") as step:
+            began = time.monotonic()
+            for alert in CROSSED:
+                until(lambda alert=alert: webhook.alerts(alert, "resolved"), 60, f"{alert} resolved at the webhook")
+                step.figures[alert] = {"seconds_until_notified": round(time.monotonic() - began, 2)}
 
     def _backups(self) -> None:
         with self.step("a backup is commanded and taken") as step:

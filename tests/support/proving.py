@@ -25,8 +25,9 @@ import httpx
 import yaml
 
 from pgherd.alerts.load import builtin_files, parse_duration_ns
+from pgherd.postgres.scratch import workspace
 from support.collector import Collector, collector
-from support.postgres import Server
+from support.postgres import PARENT, Server
 from support.waiting import wait_until
 
 FOR_DIVISOR = 30
@@ -49,7 +50,7 @@ latency_window = "5s"
 [backup]
 enabled = {backups}
 repository = "{state}-repository"
-scratch_directory = "{state}-scratch"
+scratch_directory = "{scratch}"
 interval = "{backup_interval}"
 free_min = "16MiB"
 """
@@ -154,7 +155,8 @@ class Proving:
         """Join an agent with these nodes and start it."""
         directory = self.collector.directory
         config, state = directory / f"{name}.toml", directory / name
-        text = _SAMPLING.format(state=state, backups=str(backups).lower(), backup_interval=backup_interval)
+        scratch = self.stack.enter_context(workspace(PARENT)) if backups else state  # scratch servers' user passes through it
+        text = _SAMPLING.format(state=state, scratch=scratch, backups=str(backups).lower(), backup_interval=backup_interval)
         for node in nodes:
             text += _NODE.format(
                 alias=node.alias,
