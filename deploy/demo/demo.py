@@ -106,9 +106,9 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     with contextlib.ExitStack() as stack:
         stack.callback(forget_parent)
         end_orphans(PARENT)
-        for left in PARENT.glob("s-*/log"):  # of a demo that was killed with -9, or of one that runs: that one is busy
-            if not is_locked(left.parent.with_suffix(".lock")) and left.is_mount():
-                unmount(left)
+        for volume in PARENT.glob("s-*/log"):  # of a demo that was killed with -9, or of one that runs: that one is busy
+            if not is_locked(volume.parent.with_suffix(".lock")) and volume.is_mount():
+                unmount(volume)
         sweep(PARENT)
         directory = stack.enter_context(workspace(PARENT))
         console.print("starting PostgreSQL …", style="dim")

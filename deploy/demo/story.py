@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -180,7 +181,7 @@ class Story:
             for alert, what in CROSSED.items():
                 with self.step(f"{what}: an alert fires") as step:
                     step.note = note(alert, pair.volume)
-                    until(lambda alert=alert: webhook.alerts(alert, "firing"), 60, f"{alert} firing at the webhook")
+                    until(partial(webhook.alerts, alert, "firing"), 60, f"{alert} firing at the webhook")
                     firing = [row for row in self.herd.pgherd("alerts", "ls") if row["labels"]["alertname"] == alert]
                     step.figures = {
                         "alert": alert,
@@ -193,7 +194,7 @@ class Story:
         with self.step("the four alerts resolve") as step:
             began = time.monotonic()
             for alert in CROSSED:
-                until(lambda alert=alert: webhook.alerts(alert, "resolved"), 60, f"{alert} resolved at the webhook")
+                until(partial(webhook.alerts, alert, "resolved"), 60, f"{alert} resolved at the webhook")
                 step.figures[alert] = {"seconds_until_notified": round(time.monotonic() - began, 2)}
 
     def _backups(self) -> None:
