@@ -10,7 +10,7 @@ import pytest
 from support.postgres import Fleet, Server
 from support.proving import Agent, Node, Proving, proving
 
-pytestmark = [pytest.mark.pg, pytest.mark.fault, pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.pg, pytest.mark.fault, pytest.mark.slow, pytest.mark.peers, pytest.mark.timeout(180)]
 
 
 @dataclass
