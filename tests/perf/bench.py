@@ -18,9 +18,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).parent))
-import sheet
-from sheet import Report, Rows
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from perf import sheet
+from perf.sheet import Report, Rows
 
 HERE = Path(__file__).resolve().parent
 DEMO = HERE.parents[1] / "deploy" / "demo" / "demo.py"
