@@ -55,7 +55,7 @@ def test_the_story_is_all_true() -> None:
     figures = {step["name"]: step["figures"] for step in summary["steps"]}
     books = figures["samples counted = samples stored"]
     assert set(books) == {"primary", "standby"}
-    assert all(book["stored"] == book["sampled"] + book["more_by_histograms"] > 1000 for book in books.values())
+    assert all(book["sampled"] == book["stored"] > 1000 for book in books.values())
     assert figures["it is restored and its content is equal"]["rows_compared"] >= 500_000  # pgbench at scale 5
     assert {process["name"] for process in summary["processes"]} == {"collector", "agent primary", "agent standby"}
     assert all(process["peak_bytes_with_children"] >= process["resident_bytes"] > 0 for process in summary["processes"])
