@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import gzip
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import pytest
@@ -10,10 +13,13 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 
 from pgherd.collector.ingest import otlp
 from pgherd.collector.ingest.admit import AdmitLimits, Claim, Reason, admit_times, check_claims
+from pgherd.collector.ingest.http import plain
 from pgherd.collector.ingest.names import label_name, metric_name
-from pgherd.collector.ingest.service import admitted, shipment_of
-from pgherd.proto.errors import DeniedError, PeerError
+from pgherd.collector.ingest.quota import Quota
+from pgherd.collector.ingest.service import Appender, MetricsService, ServiceSettings, admitted, shipment_of
+from pgherd.proto.errors import DeniedError, PeerError, TransientError
 from pgherd.proto.samples import STALE_NAN_BITS, Metric, MetricKind
+from pgherd.runtime.clock import SystemClock
 from support.otlp import AGENT, INCARNATION, NODE, histogram, metric, resource
 
 NOW_NS = 1_795_000_000_000_000_000
@@ -189,3 +195,75 @@ def test_sequence_metadata() -> None:
             shipment_of(agent, [("pgherd-incarnation", incarnation), ("pgherd-sequence", "1")])
     with pytest.raises(PeerError):
         shipment_of(agent, None)
+
+
+def test_labels_of_the_resource_have_the_same_limit_as_any() -> None:
+    """Each series carries them: 2 MB of service.name over 20 000 points would be 40 GB in the store."""
+    request = ExportMetricsServiceRequest()
+    large = resource(request, agent="", node="", service_name="j" * (LIMITS.label_value_chars_max + 1))
+    metric(large, "up", [({}, 1), ({"a": "b"}, 1)], time_ns=NOW_NS, scope="io.otel")
+    metric(resource(request, agent="", node="", service_name="shop"), "up", [({}, 1)], time_ns=NOW_NS, scope="io.otel")
+    decoded = otlp.decode(request.SerializeToString(), "client", LIMITS)
+    assert decoded.rejected == {Reason.LABELS: 2}
+    assert [dict(labels)["job"] for labels in decoded.layout.labels] == ["shop"]
+
+
+def test_a_value_joined_from_many_keys_has_the_limit_of_one() -> None:
+    request = ExportMetricsServiceRequest()
+    made = resource(request, agent="", node="", service_name="shop")
+    metric(made, "up", [({}, 1)], time_ns=NOW_NS, scope="io.otel")
+    point = made.scope_metrics[0].metrics[0].gauge.data_points[0]
+    for _ in range(LIMITS.label_value_chars_max):
+        point.attributes.add(key="a").value.string_value = "b"
+    decoded = otlp.decode(request.SerializeToString(), "client", LIMITS)
+    assert decoded.rejected == {Reason.LABELS: 1}
+    assert not len(decoded.series)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"\x0a\x00" * (LIMITS.containers_max + 1),  # resources
+        b"\x0a\x80\x80\x08" + b"\x12\x00" * 65536,  # scopes of one
+        b"\x0a\x84\x80\x08\x12\x80\x80\x08" + b"\x12\x00" * 65536,  # metrics of one
+    ],
+)
+def test_a_request_of_nothing_but_shells_is_refused_before_it_is_walked(body: bytes) -> None:
+    """Four megabytes of empty resources held a decoder for 14 s, and cost their sender no point of its quota."""
+    with pytest.raises(PeerError) as caught:
+        otlp.decode(body, "client", LIMITS)
+    assert caught.value.code == "ingest.too_large"
+
+
+def test_json_of_nothing_but_shells_is_refused_before_it_is_parsed() -> None:
+    """Four kilobytes of gzip held a thread for 9 s."""
+    body = gzip.compress(b'{"resourceMetrics":[' + b",".join([b"{}"] * 300_000) + b"]}")
+    with pytest.raises(PeerError) as caught:
+        plain(body, "gzip", "application/json", 4 << 20)
+    assert caught.value.code == "ingest.too_large"
+
+
+def test_a_request_is_unpacked_within_its_senders_quota() -> None:
+    """What inflates and parses before the quota is asked isn't limited by it."""
+    unpacked: list[bytes] = []
+
+    def unpack(body: bytes) -> bytes:
+        unpacked.append(body)
+        return body
+
+    async def ask() -> None:
+        for _ in range(2):
+            await service.accept(b"\x0a\x00", Caller("client", "c"), None, unpack)
+
+    quota = Quota(bytes_per_s=0.001, burst_s=1000.0)
+    settings = ServiceSettings(quota=quota, hold_back_s=0.0)
+    service = MetricsService(
+        cast(Appender, None), current_peer=lambda _: Caller("client", "c"), owns=owns, clock=SystemClock(), settings=settings
+    )
+    try:
+        with pytest.raises(TransientError) as caught:
+            asyncio.run(ask())
+    finally:
+        service.close()
+    assert caught.value.code == "ingest.quota"
+    assert unpacked == [b"\x0a\x00"]

@@ -60,6 +60,7 @@ class AdmitLimits:
 
     request_bytes_max: int = 4 * 1024 * 1024
     points_max: int = 200_000
+    containers_max: int = 50_000  # resources, scopes and metrics: each costs as much as a point, and may hold none
     labels_max: int = 64
     buckets_max: int = 512  # of one histogram or summary
     name_chars_max: int = 256

@@ -70,6 +70,7 @@ class _Origin:
 
     labels: Mapping[str, str]
     is_ours: bool
+    is_takable: bool = True  # its labels are within the limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,7 @@ def decode(body: bytes, peer_kind: str, limits: AdmitLimits) -> Decoded:
     except DecodeError as error:
         raise PeerError("ingest.malformed", "the request isn't an ExportMetricsServiceRequest") from error
     walk = _Walk(limits)
+    walk.begin(request)
     for resource_metrics in request.resource_metrics:
         walk.resource(resource_metrics, is_agent=peer_kind == AGENT_KIND)
     return walk.decoded()
@@ -109,6 +111,7 @@ class _Walk:
         self._ordinals: list[int] = []
         self._parts: list[int] = []
         self._points = 0
+        self._containers = 0
 
     def decoded(self) -> Decoded:
         deltas = tuple(place for place, (_, is_delta) in enumerate(self._index) if is_delta)
@@ -123,7 +126,12 @@ class _Walk:
             np.array(self._parts, np.int32),
         )
 
+    def begin(self, request: Any) -> None:
+        """Refuse what holds too much, before any of it is walked."""
+        self._contains(len(request.resource_metrics))
+
     def resource(self, resource_metrics: Any, *, is_agent: bool) -> None:
+        self._contains(len(resource_metrics.scope_metrics))
         facts = {attribute.key: _text(attribute.value) for attribute in resource_metrics.resource.attributes}
         namespace, service = facts.get("service.namespace", ""), facts.get("service.name", "")
         job = f"{namespace}/{service}" if namespace else service
@@ -134,8 +142,11 @@ class _Walk:
             origin["cluster"] = facts.get("pgherd.cluster", "")
             origin["node"] = facts.get("pgherd.node", "") if node_id else ""
         origin = {name: value for name, value in origin.items() if value}
+        # Every series of the resource carries them: a megabyte here would be gigabytes in the store.
+        is_takable = all(len(value) <= self._limits.label_value_chars_max for value in origin.values())
         for scope_metrics in resource_metrics.scope_metrics:
-            from_scope = _Origin(origin, is_ours=scope_metrics.scope.name == AGENT_SCOPE)
+            self._contains(len(scope_metrics.metrics))
+            from_scope = _Origin(origin, scope_metrics.scope.name == AGENT_SCOPE, is_takable)
             for metric in scope_metrics.metrics:
                 self._metric(metric, from_scope)
 
@@ -154,7 +165,7 @@ class _Walk:
             else metric_name(metric.name, metric.unit, is_counter=is_counter, is_gauge=field == "gauge")
         )
         temporality = getattr(data, "aggregation_temporality", _CUMULATIVE)
-        refusal = self._refusal(name, field, temporality, is_counter=is_counter)
+        refusal = self._refusal(name, field, temporality, is_counter=is_counter) if origin.is_takable else Reason.LABELS
         if refusal is not None:
             self._rejected[refusal] += len(points)
             return
@@ -169,6 +180,14 @@ class _Walk:
         if len(self._series) > kept_before:
             kind = MetricKind.COUNTER if is_counter else _KINDS.get(field, MetricKind.GAUGE)
             self._metrics[name] = Metric(name, kind, metric.description[: self._limits.label_value_chars_max], metric.unit[:64])
+
+    def _contains(self, containers: int) -> None:
+        """Count what costs time without being a point, before it is walked."""
+        self._containers += containers
+        if self._containers > self._limits.containers_max:
+            raise PeerError(
+                "ingest.too_large", f"more than {self._limits.containers_max} resources, scopes and metrics in one request"
+            )
 
     def _check_size(self, points: int) -> None:
         if points > self._limits.points_max:
@@ -278,10 +297,10 @@ class _Walk:
                 name = f"exported_{name}"
             if len(name) > limits.name_chars_max or LABEL_NAME_RE.fullmatch(name) is None or name.startswith("__"):
                 return None
-            if len(value) > limits.label_value_chars_max:
-                return None
             if name in labels:  # two keys with one translation: joined, as the specification says
                 value = f"{labels[name]};{value}"
+            if len(value) > limits.label_value_chars_max:
+                return None
             if value:
                 labels[name] = value
         labels.update(origin.labels)
