@@ -317,6 +317,18 @@ def test_alertmanager_is_told_the_state_again_and_again_and_the_end(store: Contr
     assert seen == [[("a", "2025-10-09T08:57:35Z")]] * 4 + [[("a", "2025-10-09T08:53:50Z")]]
 
 
+@pytest.mark.parametrize("answer", [None, {"status": "ok"}, ["x"], [{}]])
+def test_what_isnt_an_alertmanager_is_a_failure_like_others(store: ControlStore, answer: Any) -> None:
+    """A proxy's page under a 200 ended the collector, at every start."""
+    clock = TestClock()
+    with webhook() as hook:
+        hook.got = answer
+        url = f"http://127.0.0.1:{hook.port}"
+        one = AlertmanagerPush("am", url, status=lambda: (), silencer=Silencer(store, clock), clock=clock, timeout_s=5)
+        with pytest.raises(DeliveryError):
+            asyncio.run(one.push())
+
+
 def hook_fingerprint(evaluator: Evaluator, node: str) -> str:
     (status,) = evaluator.status()[0].alerting
     return next(key for key, one in status.instances.items() if one.labels["node"] == node)

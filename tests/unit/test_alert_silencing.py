@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,7 +11,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import select
+from sqlalchemy import event, select
 
 from pgherd.alerts.matchers import matches, parse_matcher
 from pgherd.alerts.silence import weekly
@@ -19,7 +20,7 @@ from pgherd.collector.api.auth import Actor
 from pgherd.collector.api.problems import install_problem_handler
 from pgherd.collector.api.silences import silences_router
 from pgherd.collector.identity.apitokens import Scope
-from pgherd.proto.errors import ConfigError, DeniedError, PreconditionError
+from pgherd.proto.errors import ConfigError, DeniedError, PgherdError, PreconditionError
 from pgherd.storage.control.schema import audit
 from pgherd.storage.control.store import ControlStore
 from support.alerts import SECOND_NS, START_UNIX_NS, TestClock
@@ -222,3 +223,24 @@ def test_maintenance_over_http(client: AsgiClient) -> None:
     assert client.post("/api/v1/maintenance?scope=operator", json={**weekly_body, "zone": "Mars"}).status_code == 400
     assert client.request("DELETE", f"/api/v1/maintenance/{made['id']}?scope=operator").status_code == 200
     assert client.request("DELETE", f"/api/v1/maintenance/{made['id']}?scope=operator").status_code == 404
+
+
+def test_a_change_that_isnt_committed_isnt_in_force(store: ControlStore) -> None:
+    """A full disk refuses the COMMIT: nobody may be muted by what nobody can see, or heard again for want of it."""
+    clock = TestClock()
+    silencer = Silencer(store, clock)
+    kept = silencer.add(['node="kept"'], duration_s=60, author=AUTHOR)
+
+    def refuse(_connection: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    event.listen(store._engine, "commit", refuse)
+    for change in (
+        lambda: silencer.add(['node="phantom"'], duration_s=60, author=AUTHOR),
+        lambda: silencer.expire(kept, AUTHOR),
+    ):
+        with pytest.raises((sqlite3.OperationalError, PgherdError)):
+            change()
+    event.remove(store._engine, "commit", refuse)
+    assert silencer.silenced_by("f", {"node": "phantom"}, clock.wall_unix_ns()) == ()
+    assert silencer.silenced_by("g", {"node": "kept"}, clock.wall_unix_ns()) == (kept,)

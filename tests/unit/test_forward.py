@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import grpc.aio
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pgherd.collector.config import OtlpForwardConfig, RemoteWriteConfig
 from pgherd.collector.exposition import forward_families, render
+from pgherd.collector.forward.destination import _retry_delay_s, destination_of
 from pgherd.collector.forward.forwarder import ForwardStatus
 from pgherd.collector.forward.otlp import export_request
 from pgherd.collector.forward.record import records
 from pgherd.collector.ingest import otlp as ingest
 from pgherd.collector.ingest.admit import AdmitLimits
+from pgherd.proto.errors import ConfigError
 from pgherd.proto.remote.v1 import remote_pb2 as pb
 from pgherd.proto.samples import STALE_NAN_BITS, Metric, MetricKind
+from pgherd.runtime.clock import SystemClock
 from pgherd.storage.series.batch import Labels, Rows, labels_of
 
 BITS = st.one_of(
@@ -126,3 +134,33 @@ def test_how_it_stands_is_told_by_destination() -> None:
     assert 'pgherd_forward_sent_points_total{destination="grafana"} 5' in text
     assert 'pgherd_forward_lag_seconds{destination="grafana"} 1.5' in text
     assert render(forward_families([])) == "\n"
+
+
+@pytest.mark.parametrize("secret", ["Bearer a\x00b", "Bearer a\tb", "Bearer zürich", "Bearer ab "])
+def test_a_secret_that_cant_be_a_header_is_refused_and_never_shown(tmp_path: Path, secret: str) -> None:
+    """Libraries quote such a value in the error of each request, and that goes into the log."""
+    file = tmp_path / "token"
+    file.write_text(secret + "\n")
+    file.chmod(0o600)
+    configs = (
+        RemoteWriteConfig(name="there", url="https://there/write", header_files={"Authorization": file}),
+        OtlpForwardConfig(name="there", endpoint="https://there:4317", protocol="grpc", header_files={"Authorization": file}),
+    )
+    for config in configs:
+        with pytest.raises(ConfigError) as caught:
+            destination_of(config, SystemClock())
+        assert "Bearer" not in repr(caught.value.message)
+
+
+@pytest.mark.parametrize("url", ["http://", "https://host:port/", "http://[::1/"])
+def test_an_address_that_isnt_one_is_told_at_the_start(url: str) -> None:
+    """Found out with the first request it would end the collector."""
+    with pytest.raises(ConfigError):
+        destination_of(RemoteWriteConfig(name="there", url=url), SystemClock())
+
+
+def test_details_that_arent_a_status_dont_end_forwarding() -> None:
+    refusal = grpc.aio.AioRpcError(
+        grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(("grpc-status-details-bin", b"\xff\xff\xff"))
+    )
+    assert _retry_delay_s(refusal) is None

@@ -55,7 +55,7 @@ class MailReceiver:
             raise DeliveryError(
                 self.name, f"the mail server answered {error.smtp_code}", receiver_ill=not refused, status=error.smtp_code
             ) from None
-        except (smtplib.SMTPException, OSError) as error:
+        except (smtplib.SMTPException, OSError, ValueError) as error:  # ValueError: an address or a host that can't be encoded
             ill = not isinstance(error, smtplib.SMTPRecipientsRefused)
             raise DeliveryError(self.name, type(error).__name__, receiver_ill=ill) from None
 

@@ -106,7 +106,11 @@ class AlertmanagerPush:
 
     async def _known(self) -> set[str]:
         """What a former process of ours has pushed there; fingerprints are computed alike."""
-        return {str(alert.get("fingerprint")) for alert in (await self._request("GET")).json()}
+        answer = await self._request("GET")
+        try:
+            return {str(alert["fingerprint"]) for alert in answer.json()}
+        except (ValueError, TypeError, KeyError) as error:  # a proxy's login page, say
+            raise DeliveryError(self.name, "what answers isn't an Alertmanager", receiver_ill=True) from error
 
     async def _request(self, method: str, body: Any = None) -> httpx.Response:
         try:

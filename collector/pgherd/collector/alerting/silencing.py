@@ -5,9 +5,10 @@ Held in memory for the notifier; every change is durable, audited and in force b
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
 from typing import Any
@@ -69,9 +70,8 @@ class Silencer:
 
     def load(self) -> None:
         """Take up what is stored, and forget what ended long ago. Raises TransientError store.unavailable."""
-        with self._lock, self._store.begin() as connection:
+        with self._changing() as connection:
             connection.execute(delete(silences).where(silences.c.ends_unix_ns < self._clock.wall_unix_ns() - _KEPT_NS))
-            self._read(connection)
 
     def silenced_by(self, fingerprint: str, labels: Mapping[str, str], now_unix_ns: int) -> tuple[str, ...]:
         """Ids of the silences and windows that mute an alert now."""
@@ -129,18 +129,17 @@ class Silencer:
             "actor": author.name[:255],
             "comment": comment[:4000],
         }
-        with self._lock, self._store.begin() as connection:
+        with self._changing() as connection:
             if len(self._silences) >= _COUNT_MAX:
                 raise PreconditionError("usage.invalid", f"more than {_COUNT_MAX} silences", hint="expire some")
             connection.execute(insert(silences).values(row))
             _audit(connection, now, author, "silence.added", id_, matchers=", ".join(matchers), ends_unix_ns=end)
-            self._read(connection)
         return id_
 
     def expire(self, id_: str, author: Author) -> None:
         """End a silence now; one that hasn't begun is deleted, one that is over stays. Raises PreconditionError silence.not_found."""
         now = self._clock.wall_unix_ns()
-        with self._lock, self._store.begin() as connection:
+        with self._changing() as connection:
             row = connection.execute(select(silences).where(silences.c.id == id_)).one_or_none()
             if row is None:
                 raise PreconditionError("silence.not_found", f"no silence has the id {id_}")
@@ -150,7 +149,6 @@ class Silencer:
                 else:
                     connection.execute(update(silences).where(silences.c.id == id_).values(ends_unix_ns=now))
                 _audit(connection, now, author, "silence.expired", id_)
-            self._read(connection)
 
     def add_window(
         self,
@@ -181,33 +179,30 @@ class Silencer:
             "actor": author.name[:255],
             "comment": comment[:4000],
         }
-        with self._lock, self._store.begin() as connection:
+        with self._changing() as connection:
             if len(self._windows) >= _COUNT_MAX:
                 raise PreconditionError("usage.invalid", f"more than {_COUNT_MAX} windows", hint="remove some")
             connection.execute(insert(maintenance_windows).values(row))
             _audit(connection, now, author, "maintenance.added", id_, name=name, matchers=", ".join(matchers))
-            self._read(connection)
         return id_
 
     def remove_window(self, id_: str, author: Author) -> None:
         """Delete a window; alerts that it mutes are told at once. Raises PreconditionError silence.not_found."""
         now = self._clock.wall_unix_ns()
-        with self._lock, self._store.begin() as connection:
+        with self._changing() as connection:
             if not connection.execute(delete(maintenance_windows).where(maintenance_windows.c.id == id_)).rowcount:
                 raise PreconditionError("silence.not_found", f"no maintenance window has the id {id_}")
             _audit(connection, now, author, "maintenance.removed", id_)
-            self._read(connection)
 
-    def _read(self, connection: Connection) -> None:
-        rows = connection.execute(select(silences)).mappings()
-        self._silences = tuple(
-            Silence(
-                row["id"], _check(row["matchers"]), row["starts_unix_ns"], row["ends_unix_ns"], row["actor"], row["comment"]
-            )
-            for row in rows
-        )
-        self._windows = tuple(map(_window, connection.execute(select(maintenance_windows)).mappings()))
-        self._matched.clear()
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[Connection]:
+        """One transaction; in force only once it is committed: what a full disk refused must not mute anybody."""
+        with self._lock:
+            with self._store.begin() as connection:
+                yield connection
+                silences_now, windows_now = _read(connection)
+            self._silences, self._windows = silences_now, windows_now
+            self._matched.clear()
 
     def _matches(self, one: Silence | Maintenance, fingerprint: str, labels: Mapping[str, str]) -> bool:
         known = self._matched.get((one.id, fingerprint))
@@ -233,6 +228,15 @@ def _check(matchers: Sequence[str]) -> Any:
     if not matchers:
         raise ConfigError("usage.invalid", "it would mute every alert", hint='say which: cluster="main", alertname=~".+"')
     return parse_matchers(matchers, full_match)
+
+
+def _read(connection: Connection) -> tuple[tuple[Silence, ...], tuple[Maintenance, ...]]:
+    rows = connection.execute(select(silences)).mappings()
+    found = tuple(
+        Silence(row["id"], _check(row["matchers"]), row["starts_unix_ns"], row["ends_unix_ns"], row["actor"], row["comment"])
+        for row in rows
+    )
+    return found, tuple(map(_window, connection.execute(select(maintenance_windows)).mappings()))
 
 
 def _window(row: Any) -> Maintenance:

@@ -71,7 +71,7 @@ class Destination(Protocol):
 
 def destination_of(config: DestinationConfig, clock: Clock) -> Destination:
     """Raises ConfigError config.invalid | config.secret_unreadable."""
-    headers = {name: read_secret(path) for name, path in config.header_files.items()}
+    headers = {name: _header(config.name, path) for name, path in config.header_files.items()}
     match config:
         case RemoteWriteConfig():
             return RemoteWrite(config.url, _client(config, headers), clock)
@@ -81,9 +81,23 @@ def destination_of(config: DestinationConfig, clock: Clock) -> Destination:
             return OtlpHttp(config.endpoint, config.service_name, _client(config, headers), clock)
 
 
+def _header(destination: str, path: Path) -> str:
+    """A secret that can stand in a header: HTTP and gRPC libraries show in their errors what can't."""
+    value = read_secret(path)
+    if not (value.isascii() and value.isprintable()) or value != value.strip():
+        raise ConfigError(
+            "config.secret_unreadable", f"forward {destination}: the first line of {path} can't be a header", key="forward"
+        )
+    return value
+
+
 def _client(config: DestinationConfig, headers: Mapping[str, str]) -> httpx.AsyncClient:
     url = config.url if isinstance(config, RemoteWriteConfig) else config.endpoint
-    if not url.startswith(("http://", "https://")):
+    try:
+        is_address = url.startswith(("http://", "https://")) and bool(httpx.URL(url).host)
+    except httpx.InvalidURL:
+        is_address = False
+    if not is_address:
         raise ConfigError("config.invalid", f"forward {config.name}: {url} isn't an http address", key="forward")
     return httpx.AsyncClient(
         headers={"user-agent": f"pgherd/{version('pgherd')}", **headers},
@@ -129,10 +143,10 @@ class _Http:
         if text.isdecimal():
             return min(float(text[:6]), _RETRY_AFTER_MAX_S)
         try:
-            date = email.utils.parsedate_to_datetime(text)
-        except ValueError:
+            unix_s = email.utils.parsedate_to_datetime(text).timestamp()
+        except (ValueError, OverflowError):
             return None
-        return min(max(0.0, date.timestamp() - self._clock.wall_unix_ns() / 1e9), _RETRY_AFTER_MAX_S)
+        return min(max(0.0, unix_s - self._clock.wall_unix_ns() / 1e9), _RETRY_AFTER_MAX_S)
 
 
 class RemoteWrite(_Http):
@@ -237,10 +251,13 @@ def _partly(content: bytes) -> Answer:
 
 def _retry_delay_s(error: grpc.aio.AioRpcError) -> float | None:
     trailing: Any = error.trailing_metadata()
-    for key, value in trailing or ():
-        if key == _DETAILS_KEY:
-            for detail in Status.FromString(value).details:
-                info = RetryInfo()
-                if detail.Unpack(info):
-                    return float(min(max(0.0, info.retry_delay.ToMilliseconds() / 1000), _RETRY_AFTER_MAX_S))
+    try:
+        for key, value in trailing or ():
+            if key == _DETAILS_KEY:
+                for detail in Status.FromString(value).details:
+                    info = RetryInfo()
+                    if detail.Unpack(info):
+                        return float(min(max(0.0, info.retry_delay.ToMilliseconds() / 1000), _RETRY_AFTER_MAX_S))
+    except DecodeError:  # whatever a stranger put there: no reason to end
+        return None
     return None
