@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from pgherd.cli.top.facts import Facts
 from pgherd.cli.top.fleet import COLUMNS, fleet_page, fleet_row
 from pgherd.cli.top.node import node_page
-from pgherd.cli.top.page import Cell, Grade, Page, Section, duration, judged, percent, rate, size
+from pgherd.cli.top.page import Cell, Column, Grade, Page, Section, duration, judged, percent, rate, size
 from pgherd.cli.top.plain import page_text
 from pgherd.cli.top.questions import FLEET, NODE, Row, Subject, rows_of, union
 from pgherd.promql.parse import parse
+from pgherd.runtime.render import table
 
 NOW_NS = 1_800_000_000_000_000_000
 
@@ -240,3 +241,15 @@ def test_json_has_every_value_and_every_judgement() -> None:
     (line,) = document["sections"]["nodes"]["rows"]
     assert (line["disk"], line["grades"]["disk"], line["lag"]) == (0.85, "warning", None)
     assert document["grade"] == "warning"
+
+
+def test_nobody_writes_escape_sequences_onto_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Anybody who may connect chooses identifiers and an application name; foreign exporters choose labels."""
+    evil = 'SELECT "\x1b]0;owned\x07\x9b2J\u202e"\nFROM t'
+    shown = ("SELECT", "FROM t")
+    page = Page(evil, (Section("a", "A", (Column("q", "QUERY"),), ({"q": Cell(evil)},), (evil,)),), 0)
+    table([{"q": evil, "list": [evil]}], [("q", "QUERY"), ("list", "LIST")])
+    for text in (page_text(page, 200).plain, capsys.readouterr().out):
+        assert all(char.isprintable() or char == "\n" for char in text)
+        assert all(word in text for word in shown)
+        assert "\nFROM" not in text

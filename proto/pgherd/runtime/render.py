@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from pgherd.proto.codes import Exit
 from pgherd.proto.errors import PgherdError
+from pgherd.proto.printable import printable
 from pgherd.runtime.logging import redact
 
 
@@ -85,8 +86,8 @@ def _cell(value: object) -> str:
     if value is None:
         return "unknown"
     if isinstance(value, list | tuple):
-        return ", ".join(str(item) for item in value)
-    return str(value)
+        return printable(", ".join(str(item) for item in value))
+    return printable(str(value))
 
 
 def human_bytes(count: float) -> str:

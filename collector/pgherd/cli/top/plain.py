@@ -13,6 +13,7 @@ from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
 from pgherd.cli.top.page import Cell, Column, Grade, Page, Section
+from pgherd.proto.printable import printable
 
 STYLES: Final = {
     Grade.PLAIN: "",
@@ -26,7 +27,7 @@ STYLES: Final = {
 def page_text(page: Page, width: int) -> Text:
     """The whole page, lines no wider than `width` characters."""
     at = datetime.fromtimestamp(page.taken_unix_ns / 1e9, UTC).strftime("%H:%M:%SZ")
-    head = Text(_cut(page.title, width - len(at) - 1), "bold")
+    head = Text(_cut(printable(page.title), width - len(at) - 1), "bold")
     head.append(" " * max(1, width - head.cell_len - len(at)))
     head.append(at, "dim")
     return Text("\n").join([head, *(line for section in page.sections for line in _section(section, width))])
@@ -43,7 +44,7 @@ def _section(section: Section, width: int) -> Iterable[Text]:
     for row in section.rows:
         yield line_text(row.get, section.columns, width)
     for note in section.notes:
-        yield Text(_cut(note, width), _note_style(note))
+        yield Text(_cut(printable(note), width), _note_style(note))
 
 
 def line_text(cell_of: Callable[[str], Cell | None], columns: Iterable[Column], width: int) -> Text:
@@ -54,7 +55,7 @@ def line_text(cell_of: Callable[[str], Cell | None], columns: Iterable[Column], 
         if line:
             line.append(" ")
         left = width - line.cell_len
-        line.append(_aligned(cell.shown, column, left), STYLES[cell.grade])
+        line.append(_aligned(printable(cell.shown), column, left), STYLES[cell.grade])
     line.truncate(width)
     return line
 

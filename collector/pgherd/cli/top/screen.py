@@ -25,6 +25,7 @@ from pgherd.cli.top.node import node_page
 from pgherd.cli.top.page import Cell, Grade, Page
 from pgherd.cli.top.plain import STYLES, line_text, page_text
 from pgherd.proto.errors import PgherdError
+from pgherd.proto.printable import printable
 
 Look = Callable[[str | None], Facts]
 
@@ -169,7 +170,7 @@ class FleetScreen(_LookingScreen):
         self.query_one("#title", Static).update(page_text(Page(page.title, (), page.taken_unix_ns), self.size.width))
         headings = {column.key: Cell(column.heading) for column in COLUMNS}
         self.query_one("#heading", Static).update(line_text(headings.get, COLUMNS, width))
-        self.query_one("#notes", Static).update(Text("\n").join(Text(note) for note in section.notes[:5]))
+        self.query_one("#notes", Static).update(Text("\n").join(Text(printable(note)) for note in section.notes[:5]))
         nodes = self.query_one("#nodes", OptionList)
         chosen = _chosen(nodes)
         nodes.set_options(
