@@ -161,6 +161,10 @@ def test_an_address_that_isnt_one_is_told_at_the_start(url: str) -> None:
 
 def test_details_that_arent_a_status_dont_end_forwarding() -> None:
     refusal = grpc.aio.AioRpcError(
-        grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(("grpc-status-details-bin", b"\xff\xff\xff"))
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.aio.Metadata(),
+        grpc.aio.Metadata(("grpc-status-details-bin", b"\xff\xff\xff")),
+        None,
+        None,
     )
     assert _retry_delay_s(refusal) is None
