@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # run as a script: its
 
 from commands import end_orphans, measuring, survivors
 from herd import Herd, herd
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from servers import pair, unmount
 from story import Story
 from view import picture
 
+from pgherd.cli.client import Address, Client
+from pgherd.cli.top.facts import look_at_herd, look_at_node
+from pgherd.cli.top.fleet import fleet_page
+from pgherd.cli.top.node import node_page
+from pgherd.cli.top.plain import page_text
 from pgherd.postgres.scratch import sweep, workspace
 from pgherd.proto.errors import PgherdError
 from pgherd.runtime.config import parse_duration_s
@@ -44,6 +50,9 @@ def arguments() -> argparse.Namespace:
         "--for", dest="for_s", type=parse_duration_s, metavar="60s", help="end by itself, after the story and this time"
     )
     parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="keep a picture of the view as it is at the end")
+    parser.add_argument(
+        "--top-picture", type=Path, metavar="FILE.svg", help="keep a picture of `pgherd top` while the four alerts fire"
+    )
     parser.add_argument("--json", action="store_true", help="run unattended and print one JSON summary")
     return parser.parse_args()
 
@@ -92,9 +101,21 @@ def forget_parent() -> None:
 
 def keep_picture(running: Herd, story: Story, file: Path) -> None:
     """The view as SVG, for the README."""
-    recorder = Console(record=True, width=110, file=io.StringIO())
-    recorder.print(picture(running, story))
-    svg = recorder.export_svg(title="make demo")
+    write_svg(picture(running, story), "make demo", 110, file)
+
+
+def keep_top(running: Herd, file: Path) -> None:
+    """Both pages of `pgherd top` as they are now, as SVG."""
+    with Client(Address("", running.socket, None)) as client:
+        pages = [fleet_page(look_at_herd(client)), node_page(look_at_node(client, "primary"))]
+    write_svg(Group(*(page_text(page, 100) for page in pages)), "pgherd top", 100, file)
+
+
+def write_svg(drawn: RenderableType, title: str, width: int, file: Path) -> None:
+    """What a terminal would show, as a picture that fetches nothing."""
+    recorder = Console(record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="standard")
+    recorder.print(drawn)
+    svg = recorder.export_svg(title=title)
     svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL)  # it would fetch fonts from elsewhere
     file.write_text(svg.replace("Fira Code", "DejaVu Sans Mono"), encoding="utf-8")
 
@@ -114,7 +135,7 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
         console.print("starting PostgreSQL …", style="dim")
         servers = stack.enter_context(pair(directory))
         running = stack.enter_context(herd(directory, servers))
-        story = Story(running)
+        story = Story(running, partial(keep_top, running, options.top_picture) if options.top_picture else lambda: None)
         with measuring(running):
             story.begin()
             if story.ok:

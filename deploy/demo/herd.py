@@ -41,6 +41,7 @@ _AGENT = """\
 state_directory = "{directory}/agent-{name}"
 [sampling]
 interval = "1s"
+slow_interval = "5s"
 server_share_max = 0.2
 latency_window = "5s"
 [backup]

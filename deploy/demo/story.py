@@ -66,8 +66,10 @@ def until(ask: Callable[[], Any], timeout_s: float, what: str) -> Any:
 class Story:
     """Runs the steps and keeps their record; the view reads `steps` while it goes on."""
 
-    def __init__(self, herd: Herd) -> None:
+    def __init__(self, herd: Herd, at_the_worst: Callable[[], None] = lambda: None) -> None:
+        """`at_the_worst` is called once, while all four thresholds are crossed and their alerts fire."""
         self.herd = herd
+        self._at_the_worst = at_the_worst
         self.steps: list[Step] = []
         self._backup = ""
 
@@ -191,6 +193,7 @@ class Story:
                         "seconds_since_the_faults": round(time.monotonic() - began, 2),
                     }
                     require(step.figures["state"] == ["firing"], firing)
+            self._at_the_worst()
         with self.step("the four alerts resolve") as step:
             began = time.monotonic()
             for alert in CROSSED:
