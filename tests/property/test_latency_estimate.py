@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from pgherd.agent.latency.ages import age_where, survival
 from pgherd.agent.latency.body import body_of
 from pgherd.agent.latency.buckets import Buckets
 from pgherd.agent.latency.estimate import Estimate, estimate
@@ -348,3 +349,10 @@ def test_a_count_below_what_was_seen_is_refused() -> None:
     assert found.count.source == "active_time"
     assert found.count.note == "statements_below_what_was_seen"
     assert found.count.best == pytest.approx(len(ended), rel=0.15)
+
+
+def test_what_is_reached_before_the_first_age_is_an_interval_from_zero_and_no_percentile_of_zero() -> None:
+    """A server of quick statements and few slow ones, seen by ages alone: its P50 is below what ages resolve, and isn't 0."""
+    steps = survival(Buckets(), looks=600, seconds=60.0, count=10_000)
+    assert (age_where(steps, 0.5, -1), age_where(steps, 0.5, +1)) == (0.0, steps[0].to_s)
+    assert age_where(steps, 0.5, 0) == steps[0].to_s > 0

@@ -65,7 +65,8 @@ def age_where(steps: list[Step], share: float, side: int) -> float | None:
     levels = [min(1.0, max(0.0, step.share * (1 + side * step.error))) for step in steps]
     # S falls: a bound that holds at one age holds for all before (the low one) or after it (the high one).
     levels = list(accumulate(reversed(levels), max))[::-1] if side < 0 else list(accumulate(levels, min))
-    for step, level in zip(steps, levels, strict=True):
+    for place, (step, level) in enumerate(zip(steps, levels, strict=True)):
         if level <= share:
-            return step.from_s
+            # Everybody outlives age 0: within the first step nothing tells where the share is reached, only that it is.
+            return step.to_s if place == 0 and side >= 0 else step.from_s
     return None
