@@ -92,7 +92,7 @@ def test_hung_server_is_hung_with_one_connection_lost_and_one_attempt_pending(se
                 assert hung.unknown()["connection"] == "postgres.timeout.answer"
                 for _ in range(5):
                     assert (await bench.cycle()).unknown() == {"connection": "postgres.timeout.connect"}
-                    assert open_sockets(server) <= 1
+                    assert open_sockets(server) <= 2, "the one given up, until the server has ended it, and the attempt"
             finally:
                 server.resume()
             seen = await healthy(bench)
@@ -131,6 +131,31 @@ def test_hung_backend_alone_costs_the_connection_and_the_next_cycle_works(server
                 assert len(our_backends(server)) == 2, "the stopped one and the new one"
             finally:
                 os.kill(backend.pid, signal.SIGCONT)
+
+    asyncio.run(work())
+
+
+def test_backends_that_hang_one_after_the_other_never_become_a_third(server: Server, tmp_path: Path) -> None:
+    """A volume that hangs: each session stops at the same question, hears no timeout and doesn't see us go."""
+
+    async def work() -> None:
+        async with sampling(tmp_path / "spool", server.conninfo("monitor"), settings=QUICK) as bench:
+            stopped: set[int] = set()
+            try:
+                for _ in range(6):
+                    await bench.cycle()
+                    backends = our_backends(server)
+                    assert len(backends) <= 2
+                    for backend in backends:
+                        stopped.add(backend.pid)
+                        os.kill(backend.pid, signal.SIGSTOP)
+                assert bench.condition() == "hung"
+                assert len(stopped) == 2
+            finally:
+                for pid in stopped:
+                    os.kill(pid, signal.SIGCONT)
+            await healthy(bench)
+            await until(lambda: len(our_backends(server)) == 1, 10, "end of the abandoned backends")
 
     asyncio.run(work())
 

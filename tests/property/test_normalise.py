@@ -68,6 +68,8 @@ def test_statements_that_differ_in_literals_are_one(number: int, real: float, te
         ("SELECT B'1010', X'1FF', a-1, -2", "SELECT ?, …, a-?, -?"),
         ("ALTER ROLE bob PASSWORD 'hunter2'", "ALTER ROLE bob PASSWORD ?"),
         ("ALTER ROLE bob SET app.token = hunter2", "ALTER ROLE bob SET app.token = ?"),
+        ("ALTER FUNCTION f() SET app.token = hunter2", "ALTER FUNCTION f() SET app.token = ?"),
+        ("CREATE FUNCTION f() RETURNS int SET app.token TO hunter2 AS $$x$$", "CREATE FUNCTION f() RETURNS int SET app.token TO ?"),
         ('SET app.token TO "hunter2", b', "SET app.token TO ?"),
         ("set app.token=hunter2; select a", "set app.token= ?; select a"),
         ("UPDATE t SET a = b, c = 'x' WHERE d = e", "UPDATE t SET a = b, c = ? WHERE d = e"),
