@@ -37,7 +37,7 @@ check: $(STAMP) ## Lint, types, import contracts, generated code, light install
 
 test-peers: $(STAMP) ## Compare with Debian's Prometheus and others (needs root and apt)
 	tests/peers/install.sh
-	$(BIN)/python -m pytest -m peers -q $(ARGS)
+	$(BIN)/python -m pytest -m peers -n 2 --dist loadfile -q $(ARGS)
 
 bench: $(STAMP) ## Measure and print tables
 	@$(BIN)/python tests/perf/bench.py $(ARGS)
