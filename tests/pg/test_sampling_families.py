@@ -11,7 +11,7 @@ import pytest
 
 from pgherd.agent.probes.catalog import load_catalog
 from pgherd.agent.sampler import version_sample
-from support.postgres import Pair, Server
+from support.postgres import Fleet, Pair, Server
 from support.sampling import Decoded, cycle_until, sampling
 
 pytestmark = pytest.mark.pg
@@ -130,6 +130,37 @@ def test_standby_catches_up_to_lag_zero(monitored_pair: Pair, tmp_path: Path) ->
             replayed = seen.value("pgherd_wal_position_bytes", position="replay")
             assert 0 < replayed <= float(monitored_pair.standby.execute(position)[0][0])
             assert not seen.find("pgherd_wal_position_bytes", position="insert")
+
+    asyncio.run(work())
+
+
+def test_damage_to_a_shared_catalog_is_counted_for_no_database(postgres_fleet: Fleet, tmp_path: Path) -> None:
+    """A page of pg_shdescription, which belongs to no database: the row of pg_stat_database that counts it has no name.
+
+    Before 18 a query's reading counts for its own database, whatever it reads; only a base backup's counts there.
+    """
+    server = postgres_fleet.server(18)  # with data checksums, as initdb of the tests makes it
+    server.create_role("monitor", member_of=["pg_monitor"])
+    (relation,) = server.execute("SELECT pg_relation_filepath('pg_shdescription')")[0]
+    server.execute("CHECKPOINT")
+    server.stop()
+    with (server.data_directory / relation).open("r+b") as file:
+        file.seek(4096)
+        damaged = bytes(byte ^ 0xFF for byte in file.read(64))
+        file.seek(4096)
+        file.write(damaged)
+    server.start()
+    with pytest.raises(psycopg.Error):
+        server.execute("SELECT * FROM pg_shdescription")
+
+    def counted(seen: Decoded) -> bool:
+        return seen.value("pg_stat_database_checksum_failures", datid="0", datname="") >= 1
+
+    async def work() -> None:
+        async with sampling(tmp_path / "spool", server.conninfo("monitor")) as bench:
+            seen = await cycle_until(bench, counted, "the damage to be counted")
+            assert seen.value("pg_stat_database_checksum_failures", datname="postgres") == 0
+            assert not seen.find("pg_stat_database_xact_commit", datname="")
 
     asyncio.run(work())
 
