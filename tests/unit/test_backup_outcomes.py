@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ from pgherd.agent.config import BackupConfig
 from pgherd.agent.node import NodeStatus, Role
 from pgherd.agent.telemetry.convert import Source
 from pgherd.agent.telemetry.emit import Emitter
-from pgherd.proto.errors import DeniedError, IntegrityError, PgherdError, TransientError
+from pgherd.proto.errors import DeniedError, IntegrityError, PgherdError, PreconditionError, TransientError
 from pgherd.runtime.clock import SystemClock
 from support.sampling import decode
 from support.spooling import open_spool
@@ -68,6 +72,45 @@ def test_a_backup_its_proof_and_a_failure_after_it(tmp_path: Path) -> None:
 def test_only_a_restore_that_proved_something_counts(grade: str) -> None:
     unproven = Outcomes({"restore": Success(1, 1.0, grade)}, {})
     assert "pgherd_backup_last_restored_timestamp_seconds" not in values(unproven)
+
+
+def begun(directory: Path) -> subprocess.Popen[bytes]:
+    """A process in the middle of a backup."""
+    code = (
+        "import sys, pathlib\n"
+        "from pgherd.agent.backup.outcomes import recording\n"
+        "from pgherd.runtime.clock import SystemClock\n"
+        "with recording(pathlib.Path(sys.argv[1]), 'run', SystemClock()):\n"
+        "    print('begun', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, str(directory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"begun\n"
+    return child
+
+
+FAILURE = "pgherd_backup_last_failure_timestamp_seconds"
+
+
+def test_a_process_that_is_killed_leaves_a_failure(tmp_path: Path) -> None:
+    """Told while it lies there, kept when the next run begins, over when that one has succeeded."""
+    record(tmp_path, "run", RUN)
+    first = begun(tmp_path)
+    assert FAILURE not in values(read_outcomes(tmp_path)), "it still runs"
+    first.send_signal(signal.SIGKILL)
+    first.communicate(timeout=30)
+    killed_s = values(read_outcomes(tmp_path))[FAILURE]
+    assert killed_s > 0
+    second = begun(tmp_path)
+    assert values(read_outcomes(tmp_path))[FAILURE] == killed_s
+    with contextlib.suppress(PreconditionError), recording(tmp_path, "run", SystemClock()):
+        raise PreconditionError("state.locked", "another one runs")
+    assert (tmp_path / "run.running").exists(), "the mark of another isn't removed"
+    second.communicate(timeout=30)  # the end of its input: it ends by itself
+    record(tmp_path, "run", RUN)
+    assert FAILURE not in values(read_outcomes(tmp_path))
+    assert not list(tmp_path.glob("*.running"))
 
 
 def test_a_question_that_was_wrong_isn_t_a_failed_backup(tmp_path: Path) -> None:
