@@ -92,7 +92,7 @@ def _matches(pattern: str, values: Sequence[str]) -> list[tuple[str, Mapping[str
     """For each value the groups of its match, by number and name; None where the whole pattern doesn't match."""
     if len(pattern) > PATTERN_CHARS_MAX:
         raise _bad_pattern(pattern, f"longer than {PATTERN_CHARS_MAX} characters")
-    named, numbers = _with_named_groups(pattern)
+    named, references = _with_own_names(pattern)
     try:
         # Alone first: "a)|(b" must not become valid by our parentheses.
         pc.match_substring_regex(pa.array([""], pa.string()), pattern)
@@ -100,23 +100,29 @@ def _matches(pattern: str, values: Sequence[str]) -> list[tuple[str, Mapping[str
     except pa.ArrowInvalid as error:
         raise _bad_pattern(pattern, str(error)) from None
     return [
-        (value, None if groups is None else groups | {number: groups[name] for number, name in numbers.items()})
+        (value, None if groups is None else {reference: groups[name] for reference, name in references.items()})
         for value, groups in zip(values, found, strict=True)
     ]
 
 
-def _with_named_groups(pattern: str) -> tuple[str, Mapping[str, str]]:
-    """The pattern with a name for every group, since Arrow tells no others, and the names by the groups' numbers."""
-    names = {"0": "__0"}
+def _with_own_names(pattern: str) -> tuple[str, Mapping[str, str]]:
+    """The pattern with a name of ours for every group, since Arrow tells no others, and ours by what a template may call it.
+
+    A template never sees ours: `$__1` is a group that doesn't exist, unless the pattern names one so.
+    """
+    numbers, given = {"0": "__0"}, {}
 
     def named(token: re.Match[str]) -> str:
         if not token["open"] or token["special"] == "?":
             return token[0]
-        number = str(len(names))
-        names[number] = token["name"] or f"__{number}"
-        return f"(?P<{names[number]}>"
+        number = str(len(numbers))
+        numbers[number] = f"__{number}"
+        if token["name"]:
+            given[token["name"]] = numbers[number]
+        return f"(?P<{numbers[number]}>"
 
-    return _PATTERN_TOKEN.sub(named, pattern), names
+    own = _PATTERN_TOKEN.sub(named, pattern)
+    return own, numbers | given
 
 
 def _bad_pattern(pattern: str, reason: str) -> PreconditionError:
