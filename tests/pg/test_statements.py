@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pgherd.agent.config import StatementsConfig
+from pgherd.agent.probes.budget import Budget
 from pgherd.agent.statements.reader import StatementReader
 from pgherd.runtime.clock import SystemClock
 from support.postgres import Fleet, Server, majors
@@ -24,7 +25,7 @@ SECRET = "hunter2-in-a-literal"
 @contextlib.asynccontextmanager
 async def reading(
     directory: Path, conninfo: str, settings: StatementsConfig | None = None
-) -> AsyncIterator[tuple[StatementReader, Callable[[], Awaitable[Stated]]]]:
+) -> AsyncIterator[tuple[StatementReader, Callable[[], Awaitable[Stated]], Budget]]:
     async with sampling(directory, conninfo) as bench:
         await bench.cycle()
         sampler = bench.sampler
@@ -42,7 +43,7 @@ async def reading(
             await reader.read()
             return stated_of(bench)
 
-        yield reader, read
+        yield reader, read, sampler.budget
 
 
 @pytest.fixture(params=[major for major in (15, 17, 18) if major in majors()])
@@ -63,7 +64,7 @@ def test_totals_and_top_are_the_view_s(server: Server, tmp_path: Path) -> None:
             connection.execute(f"ALTER ROLE monitor PASSWORD '{SECRET}'".encode())
 
     async def work() -> None:
-        async with reading(tmp_path / "spool", server.conninfo("monitor")) as (_, read):
+        async with reading(tmp_path / "spool", server.conninfo("monitor")) as (_, read, _):
             work_done(1)
             seen = await read()
             assert seen.value("pgherd_statements_calls_total", datname="app") == 0, "counting begins here"
@@ -109,15 +110,28 @@ def test_totals_and_top_are_the_view_s(server: Server, tmp_path: Path) -> None:
     asyncio.run(work())
 
 
+def test_statements_that_are_left_out_end_and_say_so(server: Server, tmp_path: Path) -> None:
+    async def work() -> None:
+        async with reading(tmp_path / "spool", server.conninfo("monitor")) as (_, read, budget):
+            assert (await read()).find("pgherd_statements_calls_total")
+            for second in range(3):
+                budget.spent("statements", 3600.0, float(second))
+            stated = await read()
+            assert stated.find("pgherd_probe_unknown", probe="statements", reason="shed")
+            assert not stated.find("pgherd_statements_calls_total"), "no frozen value stays"
+
+    asyncio.run(work())
+
+
 def test_what_keeps_statements_unknown_is_named(postgres_fleet: Fleet, tmp_path: Path) -> None:
     server = postgres_fleet.server(settings={"pg_stat_statements.max": "100"})
     server.create_role("monitor", member_of=["pg_monitor"])
     server.create_role("blind")
 
     async def work() -> None:
-        async with reading(tmp_path / "blind", server.conninfo("blind")) as (_, read):
+        async with reading(tmp_path / "blind", server.conninfo("blind")) as (_, read, _):
             assert ("statements", "statements_hidden", "") in (await read()).reasons()
-        async with reading(tmp_path / "spool", server.conninfo("monitor"), StatementsConfig(top=5)) as (_, read):
+        async with reading(tmp_path / "spool", server.conninfo("monitor"), StatementsConfig(top=5)) as (_, read, _):
             before = (await read()).value("pgherd_statements_calls_total", datname="postgres")
             with server.connect() as connection:
                 for number in range(400):  # 100 fit: the rest is evicted
@@ -145,7 +159,7 @@ def test_what_keeps_statements_unknown_is_named(postgres_fleet: Fleet, tmp_path:
             text.replace("shared_preload_libraries = 'pg_stat_statements'", ""), encoding="utf-8"
         )
         server.start()
-        async with reading(tmp_path / "unloaded", server.conninfo("monitor")) as (_, read):
+        async with reading(tmp_path / "unloaded", server.conninfo("monitor")) as (_, read, _):
             assert ("statements", "not_preloaded", "") in (await read()).reasons()
 
     asyncio.run(work())

@@ -277,8 +277,9 @@ class NodeSampler:
             return None
         for probe, answer in zip(probes, answers, strict=True):
             self._take(tick, probe, answer)
-        if not self.connection.connected:
-            raise next(answer.error for answer in answers if answer.error is not None)
+        lost = next((answer.error for answer in answers if answer.error is not None), None)
+        if lost is not None and not self.connection.connected:  # it may also fall right after its last answer
+            raise lost
         return True
 
     def _forget(self) -> None:

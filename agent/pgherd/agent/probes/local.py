@@ -42,7 +42,9 @@ def stderr_directory(pid: int) -> Path | Literal["none", "hidden"]:
     """Where the postmaster of backend `pid` writes its stderr: "none" when that is no file, "hidden" from other users."""
     try:
         target = Path(f"/proc/{psutil.Process(pid).ppid()}/fd/2").readlink()
-        return target.parent if target.is_absolute() and target.is_file() else "none"
+        # By its name: asking the volume might hang, and this runs in the agent's loop.
+        is_file = target.is_absolute() and target.parts[1] not in ("dev", "proc") and not target.name.endswith(" (deleted)")
+        return target.parent if is_file else "none"
     except (OSError, psutil.Error):
         return "hidden"
 

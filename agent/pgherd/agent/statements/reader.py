@@ -140,11 +140,11 @@ class StatementReader:
         self._started_unix_ns = clock.wall_unix_ns()
 
     async def run(self) -> None:
-        """Read every slow interval while the server is up and the budget allows; until cancelled."""
+        """Read every slow interval while the server is up; until cancelled."""
         due_mono_s = self._clock.mono_s()
         while True:
             try:
-                if self._status().condition == "up" and self._clock.mono_s() >= due_mono_s and self._budget.allows(_SOURCE):
+                if self._status().condition == "up" and self._clock.mono_s() >= due_mono_s:
                     due_mono_s = self._clock.mono_s() + self._interval_s
                     await self.read()
             except Exception:  # noqa: BLE001 - the loop's guard: reading goes on whatever one turn met
@@ -152,9 +152,12 @@ class StatementReader:
             await asyncio.sleep(_LOOK_S)
 
     async def read(self) -> None:
-        """One reading and one batch; when it can't be read, the reason."""
+        """One reading and one batch; when it can't be read, or may not be to spare the server, the reason."""
         unix_ns = self._clock.wall_unix_ns()
         self._meet_server()
+        if not self._budget.allows(_SOURCE):
+            await self._emitter.emit({_SOURCE: [_unknown("shed")]}, unix_ns)
+            return
         try:
             samples = await self._samples()
         except PgherdError as error:
