@@ -325,6 +325,37 @@ def test_a_server_that_lets_nobody_in_is_tried_once_at_a_time(private_postgres: 
     asyncio.run(work())
 
 
+def test_a_session_given_up_is_waited_for_before_another_begins(private_postgres: Server, tmp_path: Path) -> None:
+    """What was given up may hang at the server for long: the next database isn't visited beside it."""
+    server = private_postgres
+    server.create_role("monitor", member_of=["pg_monitor"])
+    names = ["a", "b", "c"]
+    for name in names:
+        server.create_database(name)
+    patient = replace(SAMPLING, statement_timeout=60.0, lock_timeout=60.0, answer_timeout=60.0)
+
+    def ours() -> int:
+        return len(server.execute("SELECT 1 FROM pg_stat_activity WHERE usename = 'monitor'"))
+
+    async def work() -> None:
+        settings = replace(GENEROUS, database_timeout=0.6)
+        async with walker(tmp_path / "spool", server.conninfo("monitor"), settings=patient, rounds=settings) as walk:
+            with contextlib.ExitStack() as stack:
+                for name in names:
+                    holder = stack.enter_context(contextlib.closing(server.connect(name)))
+                    holder.execute("BEGIN; LOCK TABLE pg_sequence IN ACCESS EXCLUSIVE MODE")
+                for _ in range(2):
+                    report = await walk.rounds.walk()
+                    assert report.end == "hung"
+                    assert ours() <= 2
+            wait_until(lambda: ours() == 1, 10, "the server to end what was given up")
+            report = await walk.rounds.walk()
+            assert (report.reached, report.end) == (4, "whole")
+            assert ours() == 1
+
+    asyncio.run(work())
+
+
 def test_a_standby_is_walked_too_and_a_promotion_starts_anew(private_pair: Pair, tmp_path: Path) -> None:
     primary, standby = private_pair.primary, private_pair.standby
     primary.execute("CREATE TABLE t (id serial PRIMARY KEY); INSERT INTO t DEFAULT VALUES; CREATE UNLOGGED SEQUENCE u")

@@ -4,8 +4,10 @@ Rules, each with a fault test:
 - its users take turns, first come first served, a whole pipeline each;
 - at most one established connection and one pending attempt, whatever the server does. A server that
   accepts and doesn't answer keeps the *same* attempt pending instead of getting a new one every cycle;
-- an answer that doesn't come within `answer_timeout` costs the connection: its socket is shut down under
+- an answer that doesn't come within `answer_timeout` costs the connection: our end of its socket is shut down under
   the driver. Cancelling would open a second connection to the same hung postmaster;
+- a session that we gave up counts until the server has ended it: a backend that hangs in the kernel (a dead volume)
+  hears neither its statement timeout nor our goodbye. While more than `abandoned_max` are left there is no new one;
 - a reused connection that turns out dead (server restarted between two cycles) is replaced once, at once;
 - the password file is read again at every attempt (rotation); a refused role isn't asked again for a while.
 """
@@ -35,6 +37,9 @@ from pgherd.runtime.durable import read_secret
 
 APPLICATION_NAME: Final = "pgherd-agent"
 
+_DRAINED_MAX = 64  # reads of one abandoned session at one look: what it still has to say, so that it can end
+_UNHEARD_MS = 30_000  # a peer that acknowledges nothing for so long is gone with its host
+_GONE_POLL_S = 0.02
 _AUTH_RETRY_S = 30.0  # a wrong password every cycle fills the server's log and locks accounts in LDAP
 
 Rows = list[dict[str, Any]]
@@ -100,8 +105,11 @@ class Answer:
 class NodeConnection:
     """One node's sampling connection, for all its users: each call has it for itself, in the order of asking."""
 
-    def __init__(self, node: NodeConfig, sampling: SamplingConfig, clock: Clock) -> None:
+    def __init__(self, node: NodeConfig, sampling: SamplingConfig, clock: Clock, *, abandoned_max: int = 1) -> None:
+        """`abandoned_max`: so many sessions that hang at the server, given up, may stand beside a new one."""
         self._node = node
+        self._abandoned_max = abandoned_max
+        self._abandoned: list[socket.socket] = []
         self._sampling = sampling
         self._clock = clock
         self._turn = asyncio.Lock()  # fair: wakes its waiters in their order
@@ -155,6 +163,13 @@ class NodeConnection:
             if self._link.status == pq.ConnStatus.OK:
                 return False
             self._discard()
+        if self.abandoned > self._abandoned_max:
+            raise TransientError(
+                "postgres.timeout",
+                "sessions that we gave up still hang at the server: no further one until they end",
+                hint="look for stopped or disk-bound server processes (state T or D in ps)",
+                phase="connect",
+            )
         if self._attempt is None:
             if self._refusal is not None and self._clock.mono_s() < self._refused_until_mono_s:
                 raise self._refusal
@@ -287,8 +302,27 @@ class NodeConnection:
     def _discard(self) -> None:
         link = self._let_go()
         if link is not None:
-            _shut_down(link)
+            end = _shut_down(link)
             link.finish()
+            if end is not None:
+                self._abandoned.append(end)
+
+    @property
+    def abandoned(self) -> int:
+        """How many sessions that were given up the server hasn't ended yet."""
+        ended = [end for end in self._abandoned if _has_ended(end)]
+        for end in ended:
+            self._abandoned.remove(end)
+            end.close()
+        return len(self._abandoned)
+
+    async def abandoned_end(self, timeout_s: float) -> bool:
+        """Wait until no abandoned session is left; False when one still is after `timeout_s`."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self.abandoned:  # noqa: ASYNC110 - what it still says must be taken, at each look
+                    await asyncio.sleep(_GONE_POLL_S)
+        return not self._abandoned
 
     def _let_go(self) -> pq.abc.PGconn | None:
         for meter in (self._meter, self._own_meter):
@@ -310,6 +344,8 @@ class NodeConnection:
                 await _finish_and_wait(link, until_gone_s)
             elif link is not None:
                 link.finish()
+            while self._abandoned:
+                self._abandoned.pop().close()
 
 
 async def _finish_and_wait(link: pq.abc.PGconn, timeout_s: float) -> None:
@@ -329,14 +365,34 @@ async def _finish_and_wait(link: pq.abc.PGconn, timeout_s: float) -> None:
                     pass
 
 
-def _shut_down(link: pq.abc.PGconn) -> None:
-    """End a connection's socket in both directions: wakes whoever waits on it, on both sides."""
-    with contextlib.suppress(OSError, psycopg.Error):
+def _shut_down(link: pq.abc.PGconn) -> socket.socket | None:
+    """Say nothing more on a connection; the descriptor that tells when the server has ended its side (see `_has_ended`)."""
+    try:
         end = socket.socket(fileno=os.dup(link.socket))
-        try:
-            end.shutdown(socket.SHUT_RDWR)
-        finally:
-            end.close()
+    except (OSError, psycopg.Error):
+        return None
+    try:
+        end.setblocking(False)
+        if end.family in (socket.AF_INET, socket.AF_INET6):
+            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNHEARD_MS)
+        end.shutdown(socket.SHUT_WR)
+    except OSError:  # it had ended already
+        end.close()
+        return None
+    return end
+
+
+def _has_ended(end: socket.socket) -> bool:
+    """Whether the other side of an abandoned connection is gone; takes what it still says, for it might wait for us."""
+    try:
+        for _ in range(_DRAINED_MAX):
+            if not end.recv(65536):
+                return True
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 # ---- naming what went wrong (pure) ---------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 Never broken, for any text, cut off anywhere, whatever `standard_conforming_strings` is:
 - nothing from inside a string (plain, E'', U&'', N'', B'', X'', dollar-quoted), a number or a comment comes out;
-- the value of SET, ALTER SYSTEM and ALTER ROLE | USER | DATABASE … SET doesn't either, quoted or not;
+- the value of SET, also below ALTER SYSTEM | ROLE | DATABASE | FUNCTION … and CREATE FUNCTION, doesn't either, quoted or not;
 - what can be read in two ways is taken for a literal from there to the end of the text;
 - normalising twice gives what once gave.
 
@@ -31,7 +31,7 @@ _NUMBER_RE: Final = re.compile(r"(?:\d|\.\d)[\w.]*(?:(?<=[eE])[+-][\w.]*)?")
 _WORD_RE: Final = re.compile(r"[^\W\d][\w$]*")
 _PARAMETER_RE: Final = re.compile(r"\$\d+")
 _LIST_RE: Final = re.compile(r"\?(?:, ?\?)+(?:, ?…)?")
-_ROLES: Final = frozenset({"role", "user", "database", "system"})
+_MAY_SET: Final = frozenset({"alter", "create"})
 
 
 def normalise(text: str, chars_max: int = TEXT_CHARS_MAX) -> str:
@@ -46,17 +46,18 @@ def normalise(text: str, chars_max: int = TEXT_CHARS_MAX) -> str:
 
 def _without_values(tokens: Iterator[str]) -> Iterator[str]:
     """Cut what SET gives a parameter: it needn't be quoted to be a secret."""
-    words: list[str] = []  # of the statement, lower case
-    hidden = False
+    verb = ""  # the statement's first word
+    sets = hidden = False
     for piece in tokens:
         if piece == ";":
-            words, hidden = [], False
-        elif not hidden and piece != " " and len(words) < 64:
-            words.append(piece.lower())
+            verb, sets, hidden = "", False, False
+        elif not hidden and piece != " ":
+            word = piece.lower()
+            verb = verb or word
+            sets = sets or (word == "set" and (verb == "set" or verb in _MAY_SET))
         if hidden:
             continue
         yield piece
-        sets = words[:1] == ["set"] or (words[:1] == ["alter"] and len(words) > 1 and words[1] in _ROLES and "set" in words)
         if sets and piece.lower() in ("=", "to"):
             hidden = True
             yield " ?"

@@ -177,7 +177,7 @@ class Rounds:
         self._held: dict[int, _Held] = {}
         self._visited_mono_s: dict[int, float] = {}
         self._resting_until_mono_s: dict[int, float] = {}
-        self._pending: tuple[int, NodeConnection] | None = None  # a connection attempt that hangs
+        self._pending: tuple[int, NodeConnection] | None = None  # an attempt, or a session that was given up, that hangs
         self._stated = False  # whether the collector has living series of ours
         self._server: tuple[str, int, str] = ("", 0, "")
         self._walks: dict[End, int] = {}
@@ -234,6 +234,8 @@ class Rounds:
         waiting = await self._order([one for one in open_to_us if one.oid not in resting])
         if slots is not None and slots < _SLOTS_LEFT_MIN:
             walk.end = "saturated"
+        if self._main.abandoned:  # with ours that would be a third
+            walk.end = "hung"
         while waiting and self._may_go_on(walk):
             await self._visit(walk, waiting.pop(0), len(open_to_us))
         report = WalkReport(
@@ -291,7 +293,9 @@ class Rounds:
         now_mono_s = self._clock.mono_s()
         self._visited_mono_s[database.oid] = now_mono_s
         connection = (
-            self._pending[1] if self._pending is not None else NodeConnection(self._at(database), self._sampling, self._clock)
+            self._pending[1]
+            if self._pending is not None
+            else NodeConnection(self._at(database), self._sampling, self._clock, abandoned_max=0)
         )
         self._pending = None
         try:
@@ -321,7 +325,10 @@ class Rounds:
             walk.failures = 0
             walk.reached += 1
         finally:
-            if self._pending is None:
+            if self._pending is None and not await connection.abandoned_end(_GONE_TIMEOUT_S):
+                self._pending = (database.oid, connection)
+                walk.end = "hung"
+            elif self._pending is None:
                 await connection.close(until_gone_s=_GONE_TIMEOUT_S)
         await self._hold(database.oid, held)
 
