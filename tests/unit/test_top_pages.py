@@ -71,6 +71,7 @@ def test_the_one_expression_is_promql_and_names_its_subject(questions: Mapping[s
     text = union(questions, subject)
     parse(text)
     assert "SEL" not in text
+    assert "CLUSTER" not in text
     assert text.count('"row"') == len(questions)
 
 
@@ -100,6 +101,23 @@ def test_what_is_worse_than_good_has_a_shape_and_a_word(answers: dict[str, Any],
     line = fleet_row(node(), facts(answers=HEALTHY | rows(**answers)))
     assert line[key].shown == shown
     assert word in line["state"].text
+
+
+def test_a_pending_alert_is_shown_and_makes_nothing_yellow() -> None:
+    page = fleet_page(facts(answers=HEALTHY, alerts=[alert("RestoreUntested", "pending", "warning", node="db1")]))
+    (line,) = page.sections[0].rows
+    assert (line["state"].shown, line["alerts"].text) == ("● ok", "RestoreUntested pending")
+    assert page.title == "herd: 1 node, 0 alerts firing"
+
+
+def test_the_primarys_page_says_how_far_behind_its_standbys_are() -> None:
+    others = {
+        "cluster_lag": [Row({"node": "db2", "cluster": "main"}, 12.0)],
+        "cluster_lag_unknown": [Row({"node": "db3", "cluster": "main"}, 1.0)],
+    }
+    lines = {row["name"].text: row for row in section(node_page(facts(answers=HEALTHY | others)), "replication").rows}
+    assert lines["db2"]["lag"].shown == "▲12s"
+    assert lines["db3"]["lag"].grade is Grade.UNKNOWN
 
 
 @pytest.mark.parametrize(

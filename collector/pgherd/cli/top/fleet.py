@@ -19,6 +19,7 @@ from pgherd.cli.top.page import (
     Grade,
     Page,
     Section,
+    counted,
     duration,
     first,
     judged,
@@ -62,7 +63,9 @@ def fleet_page(facts: Facts, text_filter: str = "") -> Page:
         "nodes": Cell(str(len(lines)), len(lines)),
         "firing": Cell(str(firing), firing, Grade.CRITICAL if firing else Grade.GOOD),
     }
-    return Page(f"herd: {len(lines)} nodes, {firing} alerts firing", (section,), facts.taken_unix_ns, counts)
+    return Page(
+        f"herd: {counted(len(lines), 'node')}, {counted(firing, 'alert')} firing", (section,), facts.taken_unix_ns, counts
+    )
 
 
 def fleet_row(node: Mapping[str, Any], facts: Facts) -> dict[str, Cell]:
@@ -165,7 +168,8 @@ def concerns(alert: Mapping[str, Any], node: Mapping[str, Any]) -> bool:
     )
 
 
-ALERT_GRADES: Final = {"firing": Grade.CRITICAL, "pending": Grade.WARNING, "unknown": Grade.UNKNOWN}
+# A pending alert is shown and judges nothing: some wait for days before they fire.
+ALERT_GRADES: Final = {"firing": Grade.CRITICAL, "pending": Grade.PLAIN, "unknown": Grade.UNKNOWN}
 
 
 def alert_grade(alert: Mapping[str, Any]) -> Grade:
@@ -193,7 +197,7 @@ def _unplaced(facts: Facts) -> list[str]:
         if alert["state"] in ALERT_GRADES and not any(concerns(alert, node) for node in facts.nodes)
     ]
     loose.sort(key=lambda alert: -alert_grade(alert))
-    return [f"{alert_grade(alert).shape} {alert['state']}: {summary(alert)}" for alert in loose[:20]]
+    return [f"{alert_grade(alert).shape} {alert['state']}: {summary(alert)}".strip() for alert in loose[:20]]
 
 
 def summary(alert: Mapping[str, Any]) -> str:

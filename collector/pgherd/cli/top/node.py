@@ -15,6 +15,7 @@ from pgherd.cli.top.fleet import (
     ALERT_GRADES,
     DISK_CRITICAL,
     DISK_WARNING,
+    LAG_WARNING_S,
     P99_WARNING_S,
     alert_grade,
     concerns,
@@ -34,6 +35,7 @@ from pgherd.cli.top.page import (
     Grade,
     Page,
     Section,
+    counted,
     duration,
     first,
     judged,
@@ -194,7 +196,12 @@ def latency(node: Node, facts: Facts) -> Section:
     note = ""
     if statements is not None and over[0] is not None and over[1] is not None:
         note = f"{statements:.0f} statements in the window; {over[0]:.2%} to {over[1]:.2%} of them took more than 1 s"
-    return _section("latency", "Latency", columns, rows, note, _reasons(facts, node, "latency", "activity", "statement"))
+    return _section("latency", "Latency", columns, rows, note, _latency_reasons(facts, node))
+
+
+def _latency_reasons(facts: Facts, node: Node) -> str:
+    reasons = _reasons(facts, node, "latency", "activity")
+    return f"{reasons} (docs/latency.md)" if reasons else ""
 
 
 def replication(node: Node, facts: Facts) -> Section:
@@ -216,11 +223,12 @@ def replication(node: Node, facts: Facts) -> Section:
                 "bytes": plain(behind, size(behind)),
             }
         )
+    rows += _standbys_of_cluster(node, facts)
     for row in facts.of("standby", node):
         state = row.labels.get("state", "?")
         rows.append(
             {
-                "what": Cell("standby", "standby"),
+                "what": Cell("walsender", "walsender"),
                 "name": Cell(row.labels.get("application_name") or row.labels.get("client_addr", "?")),
                 "state": Cell(state, state, Grade.GOOD if state == "streaming" else Grade.WARNING),
                 "lag": NONE,
@@ -242,6 +250,23 @@ def replication(node: Node, facts: Facts) -> Section:
         )
     note = "" if rows else "no standby is connected and there are no slots"
     return _section("replication", "Replication", columns, rows, note, _reasons(facts, node, "replication", "stat_repl", "wal"))
+
+
+def _standbys_of_cluster(node: Node, facts: Facts) -> list[Line]:
+    """The other nodes of the cluster whose lag is known, or known to be unknown."""
+    seconds = {row.labels.get("node", ""): row.value for row in facts.rows.get("cluster_lag", ())}
+    behind = {row.labels.get("node", ""): row.value for row in facts.rows.get("cluster_lag_bytes", ())}
+    unknown = {row.labels.get("node", "") for row in facts.rows.get("cluster_lag_unknown", ())}
+    return [
+        {
+            "what": Cell("standby", "standby"),
+            "name": Cell(name, name),
+            "state": Cell("lag unknown", None, Grade.UNKNOWN) if name in unknown else Cell("lag known", "lag known"),
+            "lag": judged(seconds.get(name), duration(seconds.get(name)), warning=LAG_WARNING_S),
+            "bytes": plain(behind.get(name), size(behind.get(name))),
+        }
+        for name in sorted((seconds.keys() | unknown) - {str(node["alias"])})
+    ]
 
 
 def _slot_grade(active: float) -> Grade:
@@ -311,8 +336,9 @@ def slow(node: Node, facts: Facts) -> Section:
                 ),
             }
         )
-    note = "" if rows else "nothing known: is pg_stat_statements installed and readable?"
-    return _section("slow", "Where the time goes", columns, rows, note, _reasons(facts, node, "statements", "stat_statements"))
+    why = _reasons(facts, node, "statements", "stat_statements")
+    note = "" if rows or why else "nothing yet: two readings of pg_stat_statements are needed, and they are a minute apart"
+    return _section("slow", "Where the time goes", columns, rows, note, why)
 
 
 def _statement(row: Row) -> tuple[str, str, str]:
@@ -370,7 +396,11 @@ def blocking(node: Node, facts: Facts) -> Section:
         )
     waiters = first(facts.of("blocked", node))
     note = (
-        "? not known" if waiters is None else "● nobody waits for a lock" if waiters == 0 else f"▲ {waiters:.0f} sessions wait"
+        "? not known"
+        if waiters is None
+        else "● nobody waits for a lock"
+        if waiters == 0
+        else f"▲ {counted(waiters, 'session')} waiting"
     )
     return _section("blocking", "Who blocks", columns, rows, note, _reasons(facts, node, "block", "locks"))
 

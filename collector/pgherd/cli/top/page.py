@@ -188,6 +188,11 @@ def size(count: float | None) -> str:
     return f"{count:.1f}P"
 
 
+def counted(number: float, noun: str) -> str:
+    """1 alert, 2 alerts."""
+    return f"{number:.0f} {noun}" if number == 1 else f"{number:.0f} {noun}s"
+
+
 def first(rows: Sequence[Any]) -> float | None:
     """The value of the only row, or the largest of several."""
     return max((row.value for row in rows), default=None)

@@ -72,6 +72,10 @@ NODE: Final[Mapping[str, str]] = {
     "over_high": "pgherd_statements_over_ratio_high{SEL}",
     "lag_bytes": "pgherd_replication_lag_bytes{SEL}",
     "lag_unknown": "pgherd_replication_lag_unknown{SEL} == 1",
+    # Of the whole cluster: how far behind its standbys are belongs on the primary's page too.
+    "cluster_lag": "pgherd_replication_lag_seconds{CLUSTER}",
+    "cluster_lag_bytes": "pgherd_replication_lag_bytes{CLUSTER}",
+    "cluster_lag_unknown": "max by (cluster, node) (pgherd_replication_lag_unknown{CLUSTER}) == 1",
     "standby": "pg_stat_replication_pg_wal_lsn_diff{SEL}",
     "slot": "pg_replication_slots_pg_wal_lsn_diff{SEL}",
     "slot_active": "pg_replication_slots_active{SEL}",
@@ -100,6 +104,11 @@ class Subject:
             return 'job="pgherd",node!=""'
         return f'job="pgherd",node={_quoted(self.node)},cluster={_quoted(self.cluster)}'
 
+    @property
+    def cluster_selector(self) -> str:
+        """The same for every node of its cluster."""
+        return f'job="pgherd",cluster={_quoted(self.cluster)}'
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -117,7 +126,7 @@ def _quoted(value: str) -> str:
 def union(questions: Mapping[str, str], subject: Subject) -> str:
     """All questions as one expression; each element says in the label `row` which one it answers."""
     return " or ".join(
-        f'label_replace({expression.replace("SEL", subject.selector)}, "{ROW_LABEL}", "{name}", "", "")'
+        f'label_replace({expression.replace("SEL", subject.selector).replace("CLUSTER", subject.cluster_selector)}, "{ROW_LABEL}", "{name}", "", "")'
         for name, expression in questions.items()
     )
 
