@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check test-peers bench proto lock format clean
+.PHONY: help demo test test-proofs check test-peers nightly bench proto lock format clean
 
 help: ## List the verbs
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,12 @@ check: $(STAMP) ## Lint, types, import contracts, generated code, light install
 test-peers: $(STAMP) ## Compare with Debian's Prometheus and others (needs root and apt)
 	tests/peers/install.sh
 	$(BIN)/python -m pytest -m peers -n 2 --dist loadfile -q $(ARGS)
+
+test-proofs: $(STAMP) ## Every default alert fired by its fault on real servers (needs no root; small volumes are skipped without)
+	$(BIN)/python -m pytest tests/proof -n 2 --dist loadfile -q $(ARGS)
+
+nightly: $(STAMP) ## What takes hours: full sizes, all majors, a two-hour soak, long fuzzing
+	PGHERD_NIGHTLY=1 PGHERD_SOAK_S=7200 PGHERD_FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest -n 2 --dist loadfile -q --timeout 9000 $(ARGS)
 
 bench: $(STAMP) ## Measure and print tables
 	@$(BIN)/python tests/perf/bench.py $(ARGS)
