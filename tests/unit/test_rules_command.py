@@ -129,3 +129,6 @@ def test_check_warns_of_series_that_nobody_emits(tmp_path: Path) -> None:
     warning = f"{rules}:4: A: no supported version emits pg_uq; did you mean pg_up?"
     assert result.output == f"{rules}: ok, 2 rules in 1 groups\n  warning: {warning}\n"
     assert json.loads(_pgherd("rules", "check", "--json", rules).output)["files"][0]["warnings"] == [warning]
+    strict = _pgherd("rules", "check", "--strict", rules)
+    assert strict.exit_code == Exit.FAILED
+    assert "no supported version emits pg_uq" in strict.output

@@ -28,12 +28,14 @@ def rules() -> None:
 
 @rules.command()
 @_files
+@click.option("--strict", is_flag=True, help="Refuse what is otherwise a warning.")
 @_json
 @click.pass_obj
-def check(context: Any, files: tuple[Path, ...], as_json: bool) -> None:
+def check(context: Any, files: tuple[Path, ...], *, strict: bool, as_json: bool) -> None:
     """Say whether the rule FILES would load: YAML, expressions, templates, repeated rules.
 
     Warns of series that no agent or collector emits: a rule over those never fires, unless another sender has them.
+    With --strict that is a failure, as it is for the shipped rules.
     """
     as_json = as_json or bool(getattr(context, "json", False))
 
@@ -49,7 +51,8 @@ def check(context: Any, files: tuple[Path, ...], as_json: bool) -> None:
                 groups = load_rules([file], builtin=False, interval_s=15, check_expression=parse)
                 count = sum(len(group.rules) for group in groups)
                 warnings = [str(finding) for finding in lint(groups, metric_names, emitted_by_pgherd())]
-                verdicts.append({"file": str(file), "ok": True, "groups": len(groups), "rules": count, "warnings": warnings})
+                ok = not (strict and warnings)
+                verdicts.append({"file": str(file), "ok": ok, "groups": len(groups), "rules": count, "warnings": warnings})
             except ConfigError as error:
                 verdicts.append({"file": str(file), "ok": False, "problem": error.message, "hint": error.hint})
         _tell(verdicts, as_json, [_checked(verdict) for verdict in verdicts])
@@ -91,10 +94,11 @@ def _tell(verdicts: Sequence[dict[str, Any]], as_json: bool, lines: Sequence[str
 
 
 def _checked(verdict: dict[str, Any]) -> str:
-    if verdict["ok"]:
-        lines = [f"{verdict['file']}: ok, {verdict['rules']} rules in {verdict['groups']} groups"]
-        return "\n".join([*lines, *(f"  warning: {warning}" for warning in verdict["warnings"])])
-    return _refused(verdict)
+    if "problem" in verdict:
+        return _refused(verdict)
+    said, kind = ("ok", "warning") if verdict["ok"] else ("refused", "error")
+    lines = [f"{verdict['file']}: {said}, {verdict['rules']} rules in {verdict['groups']} groups"]
+    return "\n".join([*lines, *(f"  {kind}: {warning}" for warning in verdict["warnings"])])
 
 
 def _tested(verdict: dict[str, Any]) -> str:
