@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 
 from pgherd.alerts.unittests import expand_values, parse_metric, parse_unit_tests
 from pgherd.cli.main import pgherd
+from pgherd.proto.codes import Exit
 from pgherd.proto.errors import ConfigError
 from pgherd.proto.samples import STALE_NAN_BITS
 
