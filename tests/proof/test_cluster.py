@@ -19,18 +19,19 @@ SHORTENED = {"RoleChanged": {"[5m]": "[10s]"}}
 
 @dataclass
 class Site:
-    """`steady` is mended after each fault; `split` and `promoted` are for one promotion each."""
+    """`steady` is mended after each fault; the others are for one promotion each."""
 
     herd: Proving
     steady: Pair
     link: Link
     split: Pair
     promoted: Pair
+    failed_over: Pair
 
 
 @pytest.fixture(scope="module")
 def site(postgres_fleet: Fleet) -> Iterator[Site]:
-    pairs = {name: postgres_fleet.pair() for name in ("steady", "split", "promoted")}
+    pairs = {name: postgres_fleet.pair() for name in ("steady", "split", "promoted", "failed_over")}
     steady = pairs["steady"]
     with Link(steady.primary.port) as link, proving(SHORTENED) as herd:
         conninfo = f"host=127.0.0.1 port={link.port} user=postgres application_name=standby"
@@ -41,7 +42,7 @@ def site(postgres_fleet: Fleet) -> Iterator[Site]:
             for role, server in (("primary", pair.primary), ("standby", pair.standby))
         ]
         herd.agent("watcher", nodes)
-        wait_until(lambda: len(herd.query("pgherd_replication_broken == 0")) == 3, 40, "three standbys known to stream", 0.2)
+        wait_until(lambda: len(herd.query("pgherd_replication_broken == 0")) == 4, 40, "four standbys known to stream", 0.2)
         yield Site(herd, link=link, **pairs)
     for pair in pairs.values():
         pair.standby.stop()
@@ -55,6 +56,16 @@ def test_no_primary(site: Site) -> None:
     site.herd.fires("NoPrimary", **labels)
     site.steady.primary.start()
     site.herd.resolves("NoPrimary", **labels)
+
+
+def test_no_primary_after_a_failover(site: Site) -> None:
+    """The primary is killed for good and the standby promoted: over, without anybody taking the dead node out."""
+    labels = {"cluster": "failed_over", "severity": "critical"}
+    site.failed_over.primary.kill()
+    site.herd.fires("NoPrimary", **labels)
+    site.failed_over.standby.promote()
+    site.herd.resolves("NoPrimary", **labels)
+    assert "failed_over-primary" not in site.herd.up()
 
 
 def test_multiple_primaries(site: Site) -> None:

@@ -204,6 +204,47 @@ def test_an_agent_taken_out_ends_its_alerts(world: World) -> None:
     assert world.turn({}) == ["ConnectionsHigh resolved"]
 
 
+def _count_primaries(world: World, count: float, old_is_up: bool) -> list[str]:
+    """A slot of a cluster of two on two hosts: the old primary, and the new one that is heard."""
+    new = "0b8f6a7e-0000-4000-8000-000000000002"
+    with world.store.begin() as connection:
+        if not connection.execute(select(nodes).where(nodes.c.id == new)).all():
+            connection.execute(
+                insert(agents).values(id=new, name="agent-2", status="active", labels={}, facts={}, joined_unix_ns=0)
+            )
+            connection.execute(
+                insert(nodes).values(
+                    id=new, agent_id=new, alias="db2", cluster="main", instance="db2:5432", first_seen_unix_ns=0
+                )
+            )
+    now_ms = world.clock.wall_unix_ns() // 1_000_000 + 15_000
+    more = [
+        ({"__name__": "pgherd_cluster_primaries", "job": "pgherd", "cluster": "main"}, count),
+        ({"__name__": "pg_up", "job": "pgherd", "instance": "db2:5432", "cluster": "main", "node": "db2"}, 1.0),
+    ]
+    for labels, value in more:
+        world.samples.setdefault(tuple(sorted(labels.items())), []).append((now_ms, value))
+    return [alert for alert in world.turn({"pg_up": float(old_is_up)}) if "Primar" in alert]
+
+
+@pytest.mark.parametrize("agent_is_gone", [False, True], ids=["server dead", "host dead"])
+def test_no_primary_ends_with_a_promotion_though_the_old_primary_stays_dead(world: World, agent_is_gone: bool) -> None:
+    """What must be heard is that somebody leads, not everybody: the page stayed "unknown" for ever."""
+    assert _count_primaries(world, 1, old_is_up=True) == []
+    if agent_is_gone:
+        world.herd.silent.add(AGENT)
+    assert [_count_primaries(world, 0, old_is_up=False) for _ in range(2)] == [["NoPrimary pending"], ["NoPrimary firing"]]
+    assert _count_primaries(world, 1, old_is_up=False) == ["NoPrimary resolved"]
+    assert [one for one in world.told() if "Primary" in one] == ["firing NoPrimary", "resolved NoPrimary"]
+
+
+def test_two_primaries_arent_one_because_one_of_them_fell_silent(world: World) -> None:
+    states = [_count_primaries(world, 2, old_is_up=True) for _ in range(2)]
+    assert states == [["MultiplePrimaries pending"], ["MultiplePrimaries firing"]]
+    assert _count_primaries(world, 1, old_is_up=False) == ["MultiplePrimaries unknown"]
+    assert _count_primaries(world, 1, old_is_up=True) == ["MultiplePrimaries resolved"]
+
+
 def test_heartbeats_become_series(tmp_path: Path, world: World) -> None:
     clock = HandClock()
     world.clock.wall_s = clock.unix_ms / 1000

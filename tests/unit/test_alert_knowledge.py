@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from pgherd.alerts.knowledge import EVERYTHING, Knowledge, Watched
+from pgherd.alerts.knowledge import EVERYTHING, Knowledge, Watched, has_risen
 
 A = Watched("a:5432", "a", "main", "host-a", "id-a")
 B = Watched("b:5432", "b", "main", "host-b", "id-b")
@@ -63,3 +63,14 @@ def test_only_the_probes_that_a_rule_lives_on_make_it_doubtful() -> None:
     assert not troubled.known(OF_A, lambda _instance: False, frozenset({"latency"}))
     assert not troubled.known(OF_A, lambda _instance: False, None), "nobody knows what feeds a stranger's rule"
     assert troubled.known(OF_A, lambda _instance: False, frozenset()), "what the collector makes has no probe"
+
+
+def test_a_risen_count_of_the_cluster_is_news_by_itself() -> None:
+    count = {"__name__": "pgherd_cluster_primaries", "job": "pgherd", "cluster": "main"}
+    alert = {"alertname": "NoPrimary", "job": "pgherd", "cluster": "main", "severity": "critical"}
+    assert has_risen(alert, 0, [(count, 1.0)])
+    assert not has_risen(alert, 2, [(count, 1.0)]), "who isn't heard isn't counted"
+    assert not has_risen(alert, 0, []), "no value now"
+    assert not has_risen(alert, 0, [({**count, "cluster": "other"}, 1.0)])
+    assert not has_risen({**alert, "node": "a"}, 0, [(count, 1.0)]), "about a node"
+    assert not has_risen(alert, 0, [({**count, "system_identifier": "1"}, 1.0)]), "another cluster under the same label"

@@ -7,8 +7,10 @@ told from the end of the news.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+
+from pgherd.proto.selectors import NAME_LABEL
 
 # The labels by which an alert names what feeds it, from the narrowest to the widest.
 _SUBJECT_LABELS = ("instance", "node", "cluster", "agent", "agent_id")
@@ -75,6 +77,19 @@ class Knowledge:
 def _is_one_of(probe: str, probes: frozenset[str]) -> bool:
     """Some name themselves more closely: disk_pg_wal is of disk."""
     return probe in probes or probe.partition("_")[0] in probes
+
+
+def has_risen(labels: Mapping[str, str], before: float, counts: Iterable[tuple[Mapping[str, str], float]]) -> bool:
+    """Whether the collector's own counts of a cluster say that an alert of `labels` about it is over, whoever else is silent.
+
+    `before` is what the alert saw last, `counts` is what the rule reads as it stands now. A count of who is heard rises only
+    by news: a standby was promoted, so the cluster has a primary, though the old one never comes back. One that
+    has fallen may have fallen silent (one of two primaries behind a cut link) and proves nothing.
+    """
+    if "cluster" not in labels or labels.keys() & {"instance", "node"}:
+        return False
+    own = [value for series, value in counts if (series.items() - {(NAME_LABEL, series.get(NAME_LABEL))}) <= labels.items()]
+    return bool(own) and all(value > before for value in own)
 
 
 def knowledge(

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from pgherd.alerts.knowledge import Knowledge
+from pgherd.alerts.knowledge import Knowledge, has_risen
 from pgherd.alerts.lint import emitted_by_pgherd
-from pgherd.alerts.model import Group, Instance, QueryRow, RecordingRule, Rule, Transition
+from pgherd.alerts.model import Group, Instance, QueryRow, RecordingRule, Rule, Transition, fingerprint_of
 from pgherd.alerts.recording import ALERTS, ALERTS_FOR_STATE, Labels, alert_series, canonical, record
 from pgherd.alerts.state import Known, Moment, step
 from pgherd.alerts.template import Surroundings
@@ -210,26 +210,39 @@ class GroupEvaluation:
             _log.warning("alert.facts_unavailable", error=_problem(error))
             return None
 
-    def _known(self, rule: Rule, at_ms: int, facts: Knowledge | None) -> Known:
-        """What the machine asks about instances of `rule` that vanished."""
+    def _known(self, status: RuleStatus, at_ms: int, facts: Knowledge | None) -> Known:
+        """What the machine asks about instances of a rule that vanished."""
         if facts is None:
             return lambda _labels: False  # without facts nobody may say that something is over
-        heard: dict[str, frozenset[str]] = {}  # metric → instances that have a value now
+        metrics = self._inputs(status.rule.expr) - _OWN_SERIES
+        probes = self._probes_of(metrics)
+        read: dict[str, Sequence[tuple[Mapping[str, str], float]]] = {}  # metric → its series that have a value now
+
+        def now(metric: str) -> Sequence[tuple[Mapping[str, str], float]]:
+            if metric not in read:
+                read[metric] = self._query(f"{{{Matcher(NAME_LABEL, MatchOp.EQUAL, metric)}}}", at_ms)
+            return read[metric]
 
         def inputs_heard(instance: str) -> bool:
-            metrics = self._inputs(rule.expr) - _OWN_SERIES
-            for metric in metrics - heard.keys():
-                selector = f"{{{Matcher(NAME_LABEL, MatchOp.EQUAL, metric)}}}"
-                heard[metric] = frozenset(labels.get("instance", "") for labels, _value in self._query(selector, at_ms))
-            return bool(metrics) and all(instance in heard[metric] for metric in metrics)
+            return bool(metrics) and all(
+                any(labels.get("instance", "") == instance for labels, _value in now(metric)) for metric in metrics
+            )
 
-        probes = self._probes_of(rule)
-        return lambda labels: facts.known(labels, inputs_heard, probes)
+        def known(labels: Mapping[str, str]) -> bool:
+            if facts.known(labels, inputs_heard, probes):
+                return True
+            if len(metrics) != 1 or probes != frozenset():  # not the collector's, or more than a count
+                return False
+            (count,) = metrics
+            return has_risen(labels, status.instances[fingerprint_of(labels)].value, now(count))
 
-    def _probes_of(self, rule: Rule) -> frozenset[str] | None:
-        """Which probes yield what the rule reads; None when that is anybody's guess."""
+        return known
+
+    @staticmethod
+    def _probes_of(metrics: frozenset[str]) -> frozenset[str] | None:
+        """Which probes yield what a rule reads; None when that is anybody's guess."""
         probes: set[str] = set()
-        for metric in self._inputs(rule.expr) - _OWN_SERIES:
+        for metric in metrics:
             if (of_metric := emitted_by_pgherd().probes.get(metric)) is None:
                 return None
             probes |= of_metric
@@ -276,7 +289,7 @@ class GroupEvaluation:
         try:
             at_ms = self._read_ms(unix_ns)
             result = [QueryRow(labels, value) for labels, value in self._query(rule.expr, at_ms)]
-            known = self._known(rule, at_ms, facts)
+            known = self._known(status, at_ms, facts)
             around = Surroundings(self._external_url, {}, lambda expr: self._query(expr, at_ms), unix_ns)
             outcome = step(rule, status.instances, result, moment, known, limit=group.limit, around=around)
             points += self._change(rule.id, alert_series(outcome.instances.values()), at_ms)
