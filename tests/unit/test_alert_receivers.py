@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import random
 import re
+import socketserver
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -250,8 +254,69 @@ def test_a_wrong_password_an_unknown_authority_and_a_dead_server_are_told_withou
             assert PASSWORD not in f"{caught.value!r}"
         assert server.mails == []
     with pytest.raises(DeliveryError) as caught:
-        _deliver(wrong)
+        _deliver(_mail(server, password="swordfish"))
     assert "swordfish" not in repr(wrong._settings)
+
+
+@contextmanager
+def _dripping() -> Iterator[int]:
+    """The port of a mail server that says one letter after the other and never finishes its first line; ends with its test."""
+    over = threading.Event()
+
+    class Drip(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with suppress(OSError):
+                while not over.wait(0.05):
+                    self.request.sendall(b"2")
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Drip) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield server.server_address[1]
+        finally:
+            over.set()
+            server.shutdown()
+            thread.join()
+
+
+def _mail_to(port: int, timeout_s: float) -> MailReceiver:
+    settings = MailSettings("127.0.0.1", port, "pgherd@db.example", ("dba@db.example",), "none")
+    return MailReceiver("mail", settings, timeout_s=timeout_s)
+
+
+def test_slow_receivers_keep_nobody_else_waiting() -> None:
+    """Rules are evaluated on the event loop's threads: mail servers that drip their answers took them all."""
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+        with _dripping() as port:
+            receivers = [_mail_to(port, 30) for _ in range(4)]
+            deliveries = [asyncio.create_task(receiver.deliver(MIXED)) for receiver in receivers]
+            await asyncio.sleep(0)  # each has begun
+            try:
+                assert await asyncio.wait_for(asyncio.to_thread(int), 5) == 0
+                assert not any(delivery.done() for delivery in deliveries)
+            finally:
+                for delivery in deliveries:
+                    delivery.cancel()
+        for receiver in receivers:
+            await receiver.close()
+
+    asyncio.run(run())
+
+
+def test_a_delivery_ends_though_each_of_its_steps_goes_on() -> None:
+    async def run() -> None:
+        with _dripping() as port:
+            receiver = _mail_to(port, 0.2)
+            for _ in range(2):  # the second waits behind the first, which nobody can stop
+                with pytest.raises(DeliveryError) as caught:
+                    await asyncio.wait_for(receiver.deliver(MIXED), 20)
+                assert caught.value.receiver_ill
+        await receiver.close()
+
+    asyncio.run(run())
 
 
 # --- apprise ------------------------------------------------------------------------------------
@@ -259,7 +324,7 @@ def test_a_wrong_password_an_unknown_authority_and_a_dead_server_are_told_withou
 
 def test_apprise_carries_the_rest() -> None:
     with webhook() as hook:
-        _deliver(AppriseReceiver("chat", f"json://127.0.0.1:{hook.port}/x", external_url=URL))
+        _deliver(AppriseReceiver("chat", f"json://127.0.0.1:{hook.port}/x", timeout_s=5, external_url=URL))
         (call,) = hook.calls
     assert call.payload["title"] == MIXED.title
     assert call.payload["message"].strip() == plain_text(MIXED, URL).strip()
@@ -268,10 +333,10 @@ def test_apprise_carries_the_rest() -> None:
 
 def test_apprises_failures_are_ours_to_retry_and_its_urls_stay_secret() -> None:
     with webhook(answer=lambda _payload: 500) as hook, pytest.raises(DeliveryError) as failed:
-        _deliver(AppriseReceiver("chat", f"json://user:swordfish@127.0.0.1:{hook.port}/x"))
+        _deliver(AppriseReceiver("chat", f"json://user:swordfish@127.0.0.1:{hook.port}/x", timeout_s=5))
     assert failed.value.receiver_ill
     with pytest.raises(ConfigError) as caught:
-        AppriseReceiver("chat", "nosuch://swordfish")
+        AppriseReceiver("chat", "nosuch://swordfish", timeout_s=5)
     assert "swordfish" not in f"{failed.value!r} {caught.value!r} {caught.value.as_dict()}"
 
 

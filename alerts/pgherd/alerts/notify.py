@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, Protocol, TypeVar
 
 from pgherd.alerts.notification import Notification, rfc3339
 from pgherd.proto.errors import TransientError
 from pgherd.runtime.logging import get_logger
 
 _log = get_logger(__name__)
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+# A delivery consists of several steps, each with the receiver's timeout; the whole takes no longer than so many of them.
+_STEPS = 4
 
 
 class DeliveryError(TransientError):
@@ -47,6 +56,29 @@ class Receiver(Protocol):
     async def close(self) -> None:
         """Release connections."""
         ...
+
+
+class OwnThread:
+    """Where a receiver may block: one thread of its own, so that a slow one keeps only itself waiting.
+
+    The event loop's threads evaluate rules and answer the API; a few servers that drip their answers would take them all.
+    A thread can't be stopped: what outlasts the deadline goes on behind it, and the next attempt waits for the thread
+    within its own deadline, so that attempts don't pile up.
+    """
+
+    def __init__(self, name: str, timeout_s: float) -> None:
+        """`timeout_s` is that of one step."""
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix=f"notify-{name}")
+        self._deadline_s = _STEPS * timeout_s
+
+    async def run(self, work: Callable[_P, _T], /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """What `work` returns. Raises what it raises, and TimeoutError after the deadline."""
+        async with asyncio.timeout(self._deadline_s):
+            return await asyncio.wrap_future(self._pool.submit(work, *args, **kwargs))
+
+    def close(self) -> None:
+        """Take no more work; what runs isn't waited for."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class LogReceiver:

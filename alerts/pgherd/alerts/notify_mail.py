@@ -1,4 +1,4 @@
-"""Mail: one message per notification over SMTP, on a thread, every step with a timeout.
+"""Mail: one message per notification over SMTP, on a thread of its own, every step with a timeout and the whole too.
 
 The Message-ID comes from the notification's id, so that a message that had to be sent twice is one to whoever compares them;
 all messages of a group refer to it, so that mail programs show them together. Neither password nor server's words get into logs.
@@ -7,7 +7,6 @@ Source: RFC 5321, RFC 5322, RFC 3834 (Auto-Submitted); Python's smtplib.
 
 from __future__ import annotations
 
-import asyncio
 import smtplib
 import ssl
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from typing import Literal
 
 from pgherd.alerts.messages import plain_text
 from pgherd.alerts.notification import Notification
-from pgherd.alerts.notify import DeliveryError
+from pgherd.alerts.notify import DeliveryError, OwnThread
 from pgherd.runtime.logging import get_logger
 
 _log = get_logger(__name__)
@@ -45,22 +44,23 @@ class MailReceiver:
         self._settings = settings
         self._timeout_s = timeout_s
         self._external_url = external_url
+        self._thread = OwnThread(name, timeout_s)
 
     async def deliver(self, message: Notification) -> None:
         mail = mail_of(message, self._settings, self._external_url)
         try:
-            await asyncio.to_thread(self._send, mail)
+            await self._thread.run(self._send, mail)
         except smtplib.SMTPResponseException as error:  # the server's word on one step
             refused = error.smtp_code >= 500 and isinstance(error, smtplib.SMTPDataError | smtplib.SMTPSenderRefused)
             raise DeliveryError(
                 self.name, f"the mail server answered {error.smtp_code}", receiver_ill=not refused, status=error.smtp_code
             ) from None
-        except (smtplib.SMTPException, OSError, ValueError) as error:  # ValueError: an address or a host that can't be encoded
+        except (smtplib.SMTPException, OSError, ValueError) as error:  # an address or a host that can't be encoded, too
             ill = not isinstance(error, smtplib.SMTPRecipientsRefused)
             raise DeliveryError(self.name, type(error).__name__, receiver_ill=ill) from None
 
     async def close(self) -> None:
-        return None
+        self._thread.close()
 
     def _send(self, mail: EmailMessage) -> None:
         settings = self._settings

@@ -104,7 +104,7 @@ def _receiver(config: ReceiverConfig, external_url: str) -> Receiver:
     if config.kind == "smtp":
         return MailReceiver(config.name, _mail(config), timeout_s=config.timeout, external_url=external_url)
     if config.kind == "apprise":
-        return AppriseReceiver(config.name, _url(config), external_url=external_url)
+        return AppriseReceiver(config.name, _url(config), timeout_s=config.timeout, external_url=external_url)
     make = _HTTP_RECEIVERS[config.kind]
     return make(config.name, _http_url(config), timeout_s=config.timeout, external_url=external_url)
 
