@@ -109,7 +109,7 @@ class ReceiverConfig:
     kind: Literal["log", "webhook", "slack", "discord", "smtp", "apprise", "alertmanager"]
     url: str = ""
     url_file: Path | None = None  # when the URL itself is a secret, as with slack, discord and apprise
-    timeout: Duration = 10.0
+    timeout: Duration = 10.0  # of each step; a whole delivery by mail or apprise may take four times as long
     mail: MailConfig = field(default_factory=MailConfig)
 
 
