@@ -6,8 +6,10 @@ Never broken, for any text, cut off anywhere, whatever `standard_conforming_stri
 - what can be read in two ways is taken for a literal from there to the end of the text;
 - normalising twice gives what once gave.
 
-Identifiers, keywords, operators and parameters ($1) stay: they are what makes a statement recognisable.
-Source: PostgreSQL docs, "Lexical Structure".
+Identifiers, keywords, operators and parameters ($1) stay: they are what makes a statement recognisable. Characters are
+classed as the server's lexer does it, not as Unicode does: digits and white space are ASCII, everything from U+0080 on is
+part of a name (a no-break space, an emoji), and a `$$` right behind a name opens no literal.
+Source: PostgreSQL docs, "Lexical Structure"; its scan.l (ident_start, dolq_start, space).
 """
 
 from __future__ import annotations
@@ -17,19 +19,20 @@ from collections.abc import Iterator
 from typing import Final
 
 TEXT_CHARS_MAX: Final = 1_000
-_INPUT_CHARS_MAX: Final = 64_000
+_INPUT_CHARS_MAX: Final = 8_000  # some milliseconds of the event loop
 _CUT: Final = "…"
 
-_SPACE_RE: Final = re.compile(r"\s+|--[^\n\r]*")
+_SPACE_RE: Final = re.compile(r"[\x00-\x20\x7f]+|--[^\n\r]*")  # a control character ends a token, too
 _CONTROL_RE: Final = re.compile(r"[\s\x00-\x1f\x7f]")
 _COMMENT_EDGE_RE: Final = re.compile(r"/\*|\*/")
 _ESCAPED_RE: Final = re.compile(r"(?:[^'\\]|''|\\.)*('?)", re.DOTALL)  # after E'
 _QUOTED_NAME_RE: Final = re.compile(r'(?:[Uu]&)?"(?:[^"]|"")*"?')
-_DOLLAR_RE: Final = re.compile(r"\$(?:[^\W\d]\w*)?\$")
 _STRING_START_RE: Final = re.compile(r"(?:([Ee])|[BbXxNn]|[Uu]&)?'")
-_NUMBER_RE: Final = re.compile(r"(?:\d|\.\d)[\w.]*(?:(?<=[eE])[+-][\w.]*)?")
-_WORD_RE: Final = re.compile(r"[^\W\d][\w$]*")
-_PARAMETER_RE: Final = re.compile(r"\$\d+")
+_LETTER: Final = r"A-Za-z_\x80-\U0010ffff"
+_DOLLAR_RE: Final = re.compile(rf"\$(?:[{_LETTER}][{_LETTER}0-9]*)?\$")
+_NUMBER_RE: Final = re.compile(rf"\.?[0-9][{_LETTER}0-9.]*(?:(?<=[eE])[+-][0-9][{_LETTER}0-9.]*)?")
+_WORD_RE: Final = re.compile(rf"[{_LETTER}][{_LETTER}0-9$]*")
+_PARAMETER_RE: Final = re.compile(r"\$[0-9]+")
 _LIST_RE: Final = re.compile(r"\?(?:, ?\?)+(?:, ?…)?")
 _MAY_SET: Final = frozenset({"alter", "create"})
 
@@ -89,8 +92,13 @@ def _tokens(text: str) -> Iterator[str]:
         elif match := _NUMBER_RE.match(text, at):
             at = match.end()
             yield "?"
+            if text.startswith("$", at):  # 1a$$: before 15 it is 1 and the name a$$, since then 1a and a literal
+                return
         elif match := _WORD_RE.match(text, at):
             at = match.end()
+            if not match[0].isprintable():  # to whoever pasted the no-break space it is two words: SET, and whose value?
+                yield "?"
+                return
             yield match[0]
         else:
             yield text[at]
