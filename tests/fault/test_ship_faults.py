@@ -187,9 +187,8 @@ def test_retry_info_is_honoured(tmp_path: Path) -> None:
     assert asyncio.run(work()) == 7.25
 
 
-@pytest.mark.parametrize("code", [grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED])
-def test_poison_is_set_aside_counted_and_does_not_block(tmp_path: Path, code: grpc.StatusCode) -> None:
-    (counts, _), collector, _ = ship(tmp_path / "spool", [fail(code)])
+def test_poison_is_set_aside_counted_and_does_not_block(tmp_path: Path) -> None:
+    (counts, _), collector, _ = ship(tmp_path / "spool", [fail(grpc.StatusCode.INVALID_ARGUMENT)])
     assert collector.sequences == [1, 2, 3, 4]
     assert counts.poisoned_points == 10
     assert counts.acked_points == 30
@@ -220,7 +219,65 @@ def test_partial_success_is_acknowledged_and_counted(tmp_path: Path) -> None:
 
 def test_overload_with_retry_info_is_no_poison() -> None:
     assert judge(grpc.StatusCode.RESOURCE_EXHAUSTED, True) == "retry"
-    assert judge(grpc.StatusCode.RESOURCE_EXHAUSTED, False) == "poison"
+    assert judge(grpc.StatusCode.RESOURCE_EXHAUSTED, False) == "exhausted"
+
+
+def test_overload_that_a_proxy_reports_costs_no_batch(tmp_path: Path) -> None:
+    (counts, status), collector, _ = ship(tmp_path / "spool", [fail(grpc.StatusCode.RESOURCE_EXHAUSTED)] * 4)
+    assert collector.sequences == [1, 1, 1, 1, 1, 2, 3, 4]
+    assert (counts.acked_points, counts.poisoned_points, status.failures) == (40, 0, 4)
+
+
+def test_a_batch_that_exhausts_a_resource_again_and_again_is_poison(tmp_path: Path) -> None:
+    (counts, _), collector, _ = ship(tmp_path / "spool", [fail(grpc.StatusCode.RESOURCE_EXHAUSTED)] * 5)
+    assert collector.sequences == [1, 1, 1, 1, 1, 2, 3, 4]
+    assert (counts.acked_points, counts.poisoned_points) == (30, 10)
+    assert (tmp_path / "spool" / "set-aside" / "refused-1.otlp").exists()
+
+
+def ship_some(
+    directory: Path, payloads: list[bytes], script: list[Callable[[Any], Any]], agent_id: str = ""
+) -> tuple[Any, Any]:
+    """Ship in groups until nothing waits; (counts, collector)."""
+
+    async def work() -> tuple[Any, Any]:
+        collector = Collector()
+        collector.script = script
+        spool = open_spool(directory, size_max=1 << 24)
+        for payload in payloads:
+            spool.append(payload, 10)
+        async with serving(collector) as port:
+            dial = lambda: grpc.aio.insecure_channel(f"127.0.0.1:{port}")  # noqa: E731
+            shipper = Shipper(spool, dial, SystemClock(), GROUPS, agent_id=agent_id)
+            while (pause_s := await shipper.ship_next()) is not None:
+                assert pause_s <= GROUPS.backoff_max_s
+            await shipper.reconnect()
+        counts = spool.status.counts
+        spool.close()
+        return counts, collector
+
+    return asyncio.run(work())
+
+
+def test_a_large_batch_that_is_too_much_is_poison_at_once_but_never_for_its_group_s_sake(tmp_path: Path) -> None:
+    large = b"0" * (GROUPS.large_bytes + 1)
+    too_much = fail(grpc.StatusCode.RESOURCE_EXHAUSTED)
+    counts, collector = ship_some(tmp_path / "spool", [large, b"small 2", b"small 3"], [too_much])
+    assert collector.sequences == [1, 2, 3]
+    assert (counts.acked_points, counts.poisoned_points) == (20, 10)
+    counts, collector = ship_some(tmp_path / "group", [b"small 1", b"small 2", b"small 3"], [too_much])
+    assert collector.sequences == [1, 2, 3, 1, 2, 3]
+    assert (counts.acked_points, counts.poisoned_points) == (30, 0)
+
+
+def test_a_spooled_batch_that_isnt_otlp_is_set_aside_and_the_others_go(tmp_path: Path) -> None:
+    """It can't be put under the new identity; a shipper that ends there would leave all that follows on the disk."""
+    samples = series_of([Sample(Metric("pg_up", MetricKind.GAUGE, "h"), {}, 1.0)])
+    whole = encode(Source("former", "node-id", "n1", "c1", "h:1"), samples, [], 5)
+    counts, collector = ship_some(tmp_path / "spool", [whole, b"\xff\xff\xff\xff", whole], [], agent_id="now")
+    assert collector.sequences == [1, 3]
+    assert (counts.acked_points, counts.poisoned_points) == (20, 10)
+    assert (tmp_path / "spool" / "set-aside" / "refused-2.otlp").exists()
 
 
 def test_a_lost_ack_ships_the_same_sequence_again_after_a_restart(tmp_path: Path) -> None:

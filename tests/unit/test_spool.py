@@ -10,7 +10,7 @@ import pytest
 
 from pgherd.proto.errors import IntegrityError, PreconditionError
 from pgherd.runtime.queue import ledger
-from pgherd.runtime.queue.segment import HEADER_BYTES, MAGIC
+from pgherd.runtime.queue.segment import HEADER_BYTES, MAGIC, SegmentHeader, encode_header, encode_record
 from support.spooling import drain, is_balanced, open_spool
 
 
@@ -47,6 +47,26 @@ def test_the_head_stays_until_it_is_released(tmp_path: Path) -> None:
     assert second is not None
     assert second.payload == b"two"
     assert spool.status.counts.acked_batches == 1
+    spool.close()
+
+
+def test_a_group_ends_at_a_gap_in_the_sequences(tmp_path: Path) -> None:
+    """The collector counts a group's sequences on from its first: across a gap each would get another batch's."""
+    directory = tmp_path / "spool"
+    spool = open_spool(directory)
+    incarnation = spool.incarnation
+    spool.close()
+    for path in directory.glob("*.segment"):
+        path.unlink()
+    records = [encode_record(b"%d" % n, sequence=n, points=1, appended_unix_ns=n, codec=0) for n in (1, 2, 4, 5)]
+    segment = encode_header(SegmentHeader(incarnation, 1, 0, 1)) + b"".join(records)
+    (directory / f"{1:020d}.segment").write_bytes(segment)
+    spool = open_spool(directory)
+    groups = []
+    while group := spool.heads(256, 1 << 20):
+        groups.append([(batch.sequence, batch.payload) for batch in group])
+        spool.release_all(group, "acked")
+    assert groups == [[(1, b"1"), (2, b"2")], [(4, b"4"), (5, b"5")]]
     spool.close()
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from google.protobuf.message import DecodeError
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import KeyValue
 from opentelemetry.proto.metrics.v1.metrics_pb2 import (
@@ -150,11 +151,15 @@ def with_agent_id(payload: bytes, agent_id: str) -> bytes:
     """A spooled request under the identity that ships it now.
 
     An agent that joined again (after a revocation, or after it ran standalone) still holds samples of its nodes; the
-    collector refuses a request that names another agent than the certificate does.
+    collector refuses a request that names another agent than the certificate does. Raises ValueError for bytes that
+    aren't a request.
     """
     if agent_id.encode() in payload:
         return payload
-    request = ExportMetricsServiceRequest.FromString(payload)
+    try:
+        request = ExportMetricsServiceRequest.FromString(payload)
+    except DecodeError as error:
+        raise ValueError("the spooled batch isn't an ExportMetricsServiceRequest") from error
     for resource_metrics in request.resource_metrics:
         for attribute in resource_metrics.resource.attributes:
             if attribute.key == "pgherd.agent.id":

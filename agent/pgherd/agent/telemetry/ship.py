@@ -8,11 +8,13 @@ What the collector's answer means (OTLP specification, "OTLP/gRPC response"; our
 
     OK                                                   acked; rejected points inside are counted, not retried
     INVALID_ARGUMENT                                     poison: this batch never gets in; set aside, go on
-    RESOURCE_EXHAUSTED without RetryInfo                 too large: poison
+    RESOURCE_EXHAUSTED without RetryInfo                 too large, or overload that a proxy or gRPC itself reports: keep,
+                                                         retry; poison for a batch alone in its request that is large, or
+                                                         that was refused so `exhausted_max` times in a row
     UNAUTHENTICATED, PERMISSION_DENIED                   keep, retry slowly on a new channel (renewed certificate)
     anything else                                        keep, retry with backoff and jitter, RetryInfo honoured
 
-A wrong server at that address answers UNIMPLEMENTED
+A batch that isn't OTLP when it must be read (see `with_agent_id`) is poison, too. A wrong server at that address answers UNIMPLEMENTED
 for everything, so UNIMPLEMENTED is retried like an outage.
 """
 
@@ -43,7 +45,7 @@ LENGTHS_KEY: Final = "pgherd-lengths"
 _log = get_logger(__name__)
 
 ChannelFactory = Callable[[], grpc.aio.Channel]
-Verdict = Literal["acked", "poison", "retry", "denied"]
+Verdict = Literal["acked", "poison", "exhausted", "retry", "denied"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,8 @@ class ShipSettings:
     denied_retry_s: float = 60.0
     group_batches_max: int = 256  # the collector takes no more
     group_bytes_max: int = 1024 * 1024
+    large_bytes: int = 1024 * 1024  # a batch of more that exhausts a resource is itself too large
+    exhausted_max: int = 5  # refusals in a row of one smaller batch
     idle_poll_s: float = 30.0  # wakes anyway, in case a wake-up was missed
 
 
@@ -93,6 +97,7 @@ class Shipper:
         self._hurry = asyncio.Event()
         self._channel: grpc.aio.Channel | None = None
         self._failures_in_row = 0
+        self._exhausted: tuple[int, int] = (0, 0)  # a sequence, how often in a row it was refused alone
         self._width = self._settings.group_batches_max
         self._suspect_until = 0  # sequences up to this one go alone: one of them is refused
         self.status = ShipStatus()
@@ -138,6 +143,8 @@ class Shipper:
         if batches[0].sequence <= self._suspect_until:
             batches = batches[:1]
         verdict, pause_s, why = await self._send(batches)
+        if exhausted := verdict == "exhausted":
+            verdict = self._weigh(batches)
         match verdict:
             case "acked":
                 await asyncio.to_thread(self._spool.release_all, batches, "acked")
@@ -150,18 +157,29 @@ class Shipper:
             case "poison":
                 _log.error("ship.refused", sequence=batches[0].sequence, points=batches[0].points, why=why)
                 await asyncio.to_thread(self._spool.release_all, batches, "poisoned")
-                self._failures_in_row = 0
+                if not exhausted:  # else the next ones may meet the same lack: patience stays, so that few are lost
+                    self._failures_in_row = 0
                 return 0.0
             case "denied":
                 _log.error("ship.denied", why=why, hint="join again, or look whether this agent was revoked")
                 await self.reconnect()
                 return self._settings.denied_retry_s
-            case "retry":
+            case "retry" | "exhausted":
                 self._failures_in_row += 1
                 self._width = max(1, self._width // 2)  # a smaller group has a better chance on a bad link
                 if self._failures_in_row in (1, 10, 100) or self._failures_in_row % 1000 == 0:
                     _log.warning("ship.delayed", why=why, failures_in_row=self._failures_in_row)
                 return pause_s if pause_s is not None else self._backoff_s()
+
+    def _weigh(self, batches: Sequence[Batch]) -> Verdict:
+        """Whether a lack of resources is about this batch, which then never gets in, or about the moment."""
+        if len(batches) > 1:
+            self._suspect_until = batches[0].sequence  # alone it tells
+            return "retry"
+        (batch,) = batches
+        times = self._exhausted[1] + 1 if self._exhausted[0] == batch.sequence else 1
+        self._exhausted = (batch.sequence, times)
+        return "poison" if len(batch.payload) > self._settings.large_bytes or times >= self._settings.exhausted_max else "retry"
 
     def _backoff_s(self) -> float:
         doublings = min(self._failures_in_row - 1, 16)
@@ -177,7 +195,10 @@ class Shipper:
         call = self._channel.unary_unary(METHOD, request_serializer=None, response_deserializer=None)
         status = self.status
         attempts = status.attempts + 1
-        parts = [with_agent_id(batch.payload, self._agent_id) if self._agent_id else batch.payload for batch in batches]
+        try:
+            parts = [with_agent_id(batch.payload, self._agent_id) if self._agent_id else batch.payload for batch in batches]
+        except ValueError as error:
+            return "poison", None, str(error)
         metadata = [(INCARNATION_KEY, batches[0].incarnation), (SEQUENCE_KEY, str(batches[0].sequence))]
         if len(parts) > 1:
             metadata.append((LENGTHS_KEY, ",".join(str(len(part)) for part in parts)))
@@ -211,7 +232,7 @@ def judge(code: grpc.StatusCode, has_retry_info: bool) -> Verdict:
         case grpc.StatusCode.INVALID_ARGUMENT:
             return "poison"
         case grpc.StatusCode.RESOURCE_EXHAUSTED if not has_retry_info:
-            return "poison"
+            return "exhausted"
         case grpc.StatusCode.UNAUTHENTICATED | grpc.StatusCode.PERMISSION_DENIED:
             return "denied"
         case _:
