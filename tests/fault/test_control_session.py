@@ -12,11 +12,12 @@ import grpc
 import pytest
 from sqlalchemy import select
 
+from pgherd.collector.ingest.admit import Said
 from pgherd.proto.commands import BackupRun, Event, Offer, Ping, Restore
 from pgherd.proto.control.v1 import control_pb2 as pb
 from pgherd.proto.errors import PreconditionError, TransientError
 from pgherd.storage.control.schema import agents, audit, nodes
-from support.control import Plane, add_node, control_plane, enrol, puppet, until, wire_node
+from support.control import Plane, Puppet, add_node, control_plane, enrol, puppet, until, wire_node
 
 pytestmark = pytest.mark.fault
 
@@ -173,6 +174,72 @@ def test_a_node_of_another_agent_cannot_be_claimed_unless_that_is_revoked(tmp_pa
             with plane.store.read() as connection:
                 assert connection.execute(select(nodes.c.agent_id).where(nodes.c.id == node)).scalar() == other
             assert "node.taken_over" in audited(plane)
+
+    run(story())
+
+
+def test_names_of_another_agents_node_cannot_be_claimed_until_that_is_revoked(tmp_path: Path) -> None:
+    """Who reports as c1/n1 is c1/n1 to every rule, whatever its node id: also while that agent is silent."""
+
+    async def story() -> None:
+        async with control_plane(tmp_path) as plane:
+            owner, other = enrol(plane.store), enrol(plane.store, "agent-b")
+            db, mine, herd = str(uuid.uuid4()), str(uuid.uuid4()), plane.dispatcher.herd
+            true = Said(db, "c1", "n1", "n1:5432")
+
+            async def refused(link: Puppet) -> None:
+                code, details = await link.ended()
+                assert code is grpc.StatusCode.PERMISSION_DENIED
+                assert f"agents revoke {owner}" in details
+
+            async with puppet(plane.target, owner) as owners_link:
+                await owners_link.begin([wire_node(db)])
+                for claimed in (wire_node(mine, instance="x:1"), wire_node(mine, "n2", instance="n1:5432")):
+                    async with puppet(plane.target, other) as link:
+                        await link.hello([claimed])
+                        await refused(link)
+                async with puppet(plane.target, other) as link:  # nor by a heartbeat, once the session has begun
+                    await link.begin([wire_node(mine, "n2")])
+                    await link.send(pb.AgentMessage(heartbeat=pb.Heartbeat(sent_unix_ns=1, nodes=[wire_node(mine)])))
+                    await refused(link)
+                assert herd.owns(owner, true)
+                assert herd.owns(owner, Said(db, "c1", "former", "former:5432")), "an earlier name, still in the spool"
+                assert herd.owns(other, Said(mine, "c1", "n2", "n2:5432"))
+                assert herd.owns(other, Said("", instance="host-b"))
+                for lie in (
+                    true,
+                    Said(mine, "c1", "n1", "n2:5432"),
+                    Said(mine, "c1", "n2", "n1:5432"),
+                    Said("", "c1", "", "n1:5432"),
+                ):
+                    assert not herd.owns(other, lie), lie
+            async with puppet(plane.target, other) as link:  # its owner is silent, not gone
+                await link.hello([wire_node(mine)])
+                await refused(link)
+            assert audited(plane).count("node.claim_refused") == 4
+            with plane.store.begin() as connection:
+                connection.execute(agents.update().where(agents.c.id == owner).values(status="revoked"))
+            async with puppet(plane.target, other) as link:
+                await link.begin([wire_node(mine)])
+                assert herd.owns(other, Said(mine, "c1", "n1", "n1:5432"))
+
+    run(story())
+
+
+def test_a_name_that_its_agent_gave_up_is_free(tmp_path: Path) -> None:
+    """A server moves from one agent's configuration to another's, or is renamed, and both agents live on."""
+
+    async def story() -> None:
+        async with control_plane(tmp_path) as plane:
+            former, other = enrol(plane.store), enrol(plane.store, "agent-b")
+            kept, moved, renamed = (str(uuid.uuid4()) for _ in range(3))
+            async with puppet(plane.target, former) as link:
+                await link.begin([wire_node(kept), wire_node(moved, "n2"), wire_node(renamed, "n3")])
+            async with puppet(plane.target, former) as link:
+                await link.begin([wire_node(kept), wire_node(renamed, "n4")])
+                async with puppet(plane.target, other) as newer:
+                    await newer.begin([wire_node(str(uuid.uuid4()), "n2"), wire_node(str(uuid.uuid4()), "n3")])
+                assert not plane.dispatcher.herd.owns(former, Said(renamed, "c1", "n3", "n3:5432"))
 
     run(story())
 

@@ -153,7 +153,7 @@ def test_partial_success_in_both_encodings(foreign: Foreign) -> None:
 def test_what_is_refused_says_whether_to_repeat_it(foreign: Foreign) -> None:
     good = request_of().SerializeToString()
     bomb = gzip.compress(bytes(1024 * 1024 * 1024), 1)
-    nested = b'{"a":' * 100_000
+    nested = b'{"a":' + b"[" * 100_000
     peak_before = foreign.peak_bytes()
     with foreign.client() as http:
         for content, headers, status, code in [

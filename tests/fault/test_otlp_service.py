@@ -82,7 +82,7 @@ async def serving(store: Appender, settings: ServiceSettings) -> AsyncIterator[W
     service = MetricsService(
         store,
         current_peer=lambda _context: wire.caller,
-        owns=lambda agent_id, node_id: (agent_id, node_id) in wire.owned,
+        owns=lambda agent_id, said: (agent_id, said.node_id) in wire.owned,
         clock=clock,
         settings=settings,
     )

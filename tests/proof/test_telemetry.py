@@ -100,7 +100,7 @@ def test_clock_skew(herd: Proving, server: Server) -> None:
     """An agent whose wall clock is two seconds ahead; then its clock is set right."""
     labels = {"agent": "ahead", "severity": "warning", "job": "pgherd"}
     launcher = (sys.executable, str(SKEWED), "2.0")
-    agent = herd.agent("ahead", [Node("ahead", "c2", server)], launcher=launcher)
+    agent = herd.agent("ahead", [Node("ahead", "c2", server, instance="ahead:5432")], launcher=launcher)
     row = herd.fires("ClockSkew", **labels)
     assert 1.5 < row["value"] < 2.5
     agent.stop()

@@ -208,4 +208,4 @@ async def puppet(target: str, agent_id: str) -> AsyncIterator[Puppet]:
 
 def wire_node(node_id: str, alias: str = "n1", **members: Any) -> pb.Node:
     """A node as a hello names it."""
-    return pb.Node(node_id=node_id, alias=alias, cluster="c1", instance="h:5432", **members)
+    return pb.Node(**{"node_id": node_id, "alias": alias, "cluster": "c1", "instance": f"{alias}:5432", **members})

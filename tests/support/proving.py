@@ -58,6 +58,7 @@ _NODE = """\
 [[nodes]]
 alias = "{alias}"
 cluster = "{cluster}"
+instance = "{instance}"
 conninfo = "{conninfo}"
 bin_directory = "{bin_directory}"
 """
@@ -92,6 +93,7 @@ class Node:
     cluster: str
     server: Server
     role: str = "postgres"
+    instance: str = ""  # of its own where two agents watch one server
 
 
 @dataclass
@@ -161,6 +163,7 @@ class Proving:
             text += _NODE.format(
                 alias=node.alias,
                 cluster=node.cluster,
+                instance=node.instance,
                 conninfo=node.server.conninfo(node.role),
                 bin_directory=node.server.binaries.bin_directory,
             )

@@ -34,6 +34,7 @@ from pgherd.runtime.clock import SystemClock
 from pgherd.storage.control.schema import outbox
 from pgherd.storage.control.store import ControlStore
 from support.alerts import SECOND_NS, START_UNIX_NS, Answers, TestClock, group, no_facts, rule
+from support.endless import endless
 from support.mailserver import PASSWORD, USER, MailServer, mail_server
 from support.waiting import wait_until
 from support.webhook import webhook
@@ -392,6 +393,16 @@ def test_what_isnt_an_alertmanager_is_a_failure_like_others(store: ControlStore,
         one = AlertmanagerPush("am", url, status=lambda: (), silencer=Silencer(store, clock), clock=clock, timeout_s=5)
         with pytest.raises(DeliveryError):
             asyncio.run(one.push())
+
+
+def test_an_alertmanager_whose_answer_has_no_end_is_given_up(store: ControlStore) -> None:
+    clock = TestClock()
+    with endless() as server:
+        url = f"http://127.0.0.1:{server.port}"
+        one = AlertmanagerPush("am", url, status=lambda: (), silencer=Silencer(store, clock), clock=clock, timeout_s=20)
+        with pytest.raises(DeliveryError):
+            asyncio.run(one.push())
+    assert server.sent_bytes < 128 * 1024 * 1024
 
 
 def hook_fingerprint(evaluator: Evaluator, node: str) -> str:

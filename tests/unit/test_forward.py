@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import grpc.aio
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from pgherd.collector.config import OtlpForwardConfig, RemoteWriteConfig
 from pgherd.collector.exposition import forward_families, render
-from pgherd.collector.forward.destination import _retry_delay_s, destination_of
+from pgherd.collector.forward.destination import Answer, _retry_delay_s, destination_of
 from pgherd.collector.forward.forwarder import ForwardStatus
 from pgherd.collector.forward.otlp import export_request
 from pgherd.collector.forward.record import records
@@ -23,6 +24,7 @@ from pgherd.proto.remote.v1 import remote_pb2 as pb
 from pgherd.proto.samples import STALE_NAN_BITS, Metric, MetricKind
 from pgherd.runtime.clock import SystemClock
 from pgherd.storage.series.batch import Labels, Rows, labels_of
+from support.endless import endless
 
 BITS = st.one_of(
     st.sampled_from([STALE_NAN_BITS, 0x7FF8000000000000, 0, 1 << 63, 0x7FF0000000000000]), st.integers(0, (1 << 64) - 1)
@@ -168,3 +170,30 @@ def test_details_that_arent_a_status_dont_end_forwarding() -> None:
         None,
     )
     assert _retry_delay_s(refusal) is None
+
+
+def _answer_of(port: int, timeout_s: float) -> Answer:
+    config = RemoteWriteConfig(name="there", url=f"http://127.0.0.1:{port}/write", timeout=timeout_s)
+
+    async def send() -> Answer:
+        destination = destination_of(config, SystemClock())
+        try:
+            return await asyncio.wait_for(destination.send(b"\n\0"), 20)
+        finally:
+            await destination.close()
+
+    return asyncio.run(send())
+
+
+@pytest.mark.parametrize(("status", "verdict"), [(200, "sent"), (400, "refused"), (500, "retry")])
+def test_an_answer_without_end_is_read_to_a_bound(status: int, verdict: str) -> None:
+    with endless(status) as receiver:
+        answer = _answer_of(receiver.port, 15.0)
+    assert answer.verdict == verdict
+    assert receiver.sent_bytes < 32 * 1024 * 1024  # the sockets' buffers hold some
+
+
+def test_an_answer_that_drips_is_given_up_after_the_timeout_as_a_whole() -> None:
+    with endless(drip_s=0.02) as receiver:
+        answer = _answer_of(receiver.port, 0.5)
+    assert (answer.verdict, answer.why.partition(":")[0]) == ("retry", "TimeoutError")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -12,15 +13,16 @@ import pytest
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 
 from pgherd.collector.ingest import otlp
-from pgherd.collector.ingest.admit import AdmitLimits, Claim, Reason, admit_times, check_claims
+from pgherd.collector.ingest.admit import AdmitLimits, Claim, Reason, Said, admit_times, check_claims
 from pgherd.collector.ingest.http import plain
 from pgherd.collector.ingest.names import label_name, metric_name
 from pgherd.collector.ingest.quota import Quota
-from pgherd.collector.ingest.service import Appender, MetricsService, ServiceSettings, admitted, shipment_of
-from pgherd.proto.errors import DeniedError, PeerError, TransientError
+from pgherd.collector.ingest.service import Appender, Cost, MetricsService, ServiceSettings, admitted, shipment_of
+from pgherd.proto.errors import DeniedError, PeerError, PgherdError, TransientError
 from pgherd.proto.samples import STALE_NAN_BITS, Metric, MetricKind
 from pgherd.runtime.clock import SystemClock
 from support.otlp import AGENT, INCARNATION, NODE, histogram, metric, resource
+from support.sampling import until
 
 NOW_NS = 1_795_000_000_000_000_000
 LIMITS = AdmitLimits()
@@ -32,8 +34,11 @@ class Caller:
     id: str
 
 
-def owns(agent_id: str, node_id: str) -> bool:
-    return (agent_id, node_id) == (AGENT, NODE)
+SAID = Said(NODE, "shop", "db1", "db1:5432")
+
+
+def owns(agent_id: str, said: Said) -> bool:
+    return (agent_id, said) == (AGENT, SAID)
 
 
 def test_our_agents_names_and_origin_labels_are_kept() -> None:
@@ -50,7 +55,7 @@ def test_our_agents_names_and_origin_labels_are_kept() -> None:
     ]
     assert decoded.values.tolist()[:2] == [5.0, 1.0]
     assert decoded.values.view(np.uint64)[2] == STALE_NAN_BITS
-    assert decoded.claims == {Claim(AGENT, NODE, "pgherd")}
+    assert decoded.claims == {Claim(AGENT, SAID, "pgherd")}
     name = "pg_stat_database_xact_commit"
     assert decoded.layout.metrics[0] == Metric(name, MetricKind.COUNTER, f"help of {name}", "")
 
@@ -149,17 +154,20 @@ OTHER = "11111111-2222-4333-8444-555555555555"
 @pytest.mark.parametrize(
     ("caller", "claim", "allowed"),
     [
-        (Caller("agent", AGENT), Claim(AGENT, NODE, "pgherd"), True),
-        (Caller("agent", AGENT), Claim(AGENT, "", "pgherd"), True),  # about itself
-        (Caller("agent", AGENT), Claim(OTHER, NODE, "pgherd"), False),
-        (Caller("agent", AGENT), Claim("", NODE, "pgherd"), False),
-        (Caller("agent", AGENT), Claim("", "", ""), False),
-        (Caller("agent", AGENT), Claim(AGENT, OTHER, "pgherd"), False),
-        (Caller("agent", OTHER), Claim(OTHER, NODE, "pgherd"), False),
-        (Caller("client", OTHER), Claim("", "", "shop"), True),
-        (Caller("client", AGENT), Claim(AGENT, "", "shop"), False),
-        (Caller("client", OTHER), Claim("", NODE, "shop"), False),
-        (Caller("client", OTHER), Claim("", "", "pgherd"), False),
+        (Caller("agent", AGENT), Claim(AGENT, SAID, "pgherd"), True),
+        (Caller("agent", AGENT), Claim(AGENT, Said(""), "pgherd"), True),  # about itself
+        (Caller("agent", AGENT), Claim(OTHER, SAID, "pgherd"), False),
+        (Caller("agent", AGENT), Claim("", SAID, "pgherd"), False),
+        (Caller("agent", AGENT), Claim("", Said(""), ""), False),
+        (Caller("agent", AGENT), Claim(AGENT, Said(OTHER), "pgherd"), False),
+        (Caller("agent", AGENT), Claim(AGENT, Said(NODE, "shop", "db2", "db1:5432"), "pgherd"), False),
+        (Caller("agent", AGENT), Claim(AGENT, Said(NODE, "shop", "db1", "db2:5432"), "pgherd"), False),
+        (Caller("agent", AGENT), Claim(AGENT, Said("", instance="db2:5432"), "pgherd"), False),
+        (Caller("agent", OTHER), Claim(OTHER, SAID, "pgherd"), False),
+        (Caller("client", OTHER), Claim("", Said(""), "shop"), True),
+        (Caller("client", AGENT), Claim(AGENT, Said(""), "shop"), False),
+        (Caller("client", OTHER), Claim("", SAID, "shop"), False),
+        (Caller("client", OTHER), Claim("", Said(""), "pgherd"), False),
     ],
 )
 def test_who_may_speak_for_whom(caller: Caller, claim: Claim, allowed: bool) -> None:
@@ -167,7 +175,9 @@ def test_who_may_speak_for_whom(caller: Caller, claim: Claim, allowed: bool) -> 
         check_claims(caller, [claim], owns)
         return
     with pytest.raises(DeniedError) as caught:
-        check_claims(caller, [Claim(caller.id, "", "x") if caller.kind == "agent" else Claim("", "", "x"), claim], owns)
+        check_claims(
+            caller, [Claim(caller.id, Said(""), "x") if caller.kind == "agent" else Claim("", Said(""), "x"), claim], owns
+        )
     assert caught.value.code == "identity.mismatch"
 
 
@@ -239,7 +249,7 @@ def test_json_of_nothing_but_shells_is_refused_before_it_is_parsed() -> None:
     """Four kilobytes of gzip held a thread for 9 s."""
     body = gzip.compress(b'{"resourceMetrics":[' + b",".join([b"{}"] * 300_000) + b"]}")
     with pytest.raises(PeerError) as caught:
-        plain(body, "gzip", "application/json", 4 << 20)
+        plain(body, Cost(), compression="gzip", encoding="application/json", bytes_max=4 << 20)
     assert caught.value.code == "ingest.too_large"
 
 
@@ -247,7 +257,7 @@ def test_a_request_is_unpacked_within_its_senders_quota() -> None:
     """What inflates and parses before the quota is asked isn't limited by it."""
     unpacked: list[bytes] = []
 
-    def unpack(body: bytes) -> bytes:
+    def unpack(body: bytes, _cost: Cost) -> bytes:
         unpacked.append(body)
         return body
 
@@ -267,3 +277,63 @@ def test_a_request_is_unpacked_within_its_senders_quota() -> None:
         service.close()
     assert caught.value.code == "ingest.quota"
     assert unpacked == [b"\x0a\x00"]
+
+
+@pytest.mark.parametrize(
+    ("body", "quota"),
+    [
+        (b'{"x":"' + b"x" * 200_000 + b'"}', Quota(bytes_per_s=50_000.0, burst_s=1.0)),
+        (b'{"x":[' + b",".join([b"{}"] * 5_000) + b"]}", Quota(points_per_s=2_000.0, burst_s=1.0)),
+        (b"{" * 150_000, Quota(points_per_s=2_000.0, burst_s=1.0)),  # refused, and yet paid for
+    ],
+)
+def test_what_a_request_inflates_to_is_its_senders_cost(body: bytes, quota: Quota) -> None:
+    """A few hundred bytes on the wire and no point at all cost nothing, and so could be sent without end."""
+    wire = gzip.compress(body)
+    assert len(wire) < quota.bytes_per_s
+    settings = ServiceSettings(quota=quota, hold_back_s=0.0)
+    service = MetricsService(
+        cast(Appender, None), current_peer=lambda _: Caller("client", "c"), owns=owns, clock=SystemClock(), settings=settings
+    )
+    unpack = partial(plain, compression="gzip", encoding="application/json", bytes_max=4 << 20)
+
+    async def ask() -> list[str]:
+        codes = []
+        for _ in range(2):
+            try:
+                await service.accept(wire, Caller("client", "c"), None, unpack)
+                codes.append("")
+            except PgherdError as error:
+                codes.append(error.code)
+        return codes
+
+    try:
+        codes = asyncio.run(ask())
+    finally:
+        service.close()
+    assert codes[1] == "ingest.quota" != codes[0]
+
+
+def test_refusals_that_are_held_back_are_not_in_flight() -> None:
+    """64 senders with four of them each made everybody else's request `ingest.overloaded`."""
+    settings = ServiceSettings(quota=Quota(bytes_per_s=1.0, burst_s=1.0), hold_back_s=30.0, in_flight_max=4)
+    service = MetricsService(
+        cast(Appender, None), current_peer=lambda _: Caller("client", "c"), owns=owns, clock=SystemClock(), settings=settings
+    )
+
+    async def ask() -> None:
+        mad, calm = Caller("client", "mad"), Caller("client", "calm")
+        await service.accept(b"\x0a\x00", mad, None)
+        held = [asyncio.create_task(service.accept(b"\x0a\x00", mad, None)) for _ in range(4)]
+        await until(lambda: service.counters.requests == 5, 10, "four requests to be held back")
+        await service.accept(b"\x0a\x00", calm, None)
+        assert not any(task.done() for task in held)
+        assert service.counters.in_flight == 0
+        for task in held:
+            task.cancel()
+        await asyncio.gather(*held, return_exceptions=True)
+
+    try:
+        asyncio.run(ask())
+    finally:
+        service.close()

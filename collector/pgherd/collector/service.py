@@ -54,7 +54,7 @@ from pgherd.collector.identity.gate import HTTP_SERVICES, OTLP_HTTP, PeerGate, P
 from pgherd.collector.identity.peer import Peer, current_peer
 from pgherd.collector.identity.registry import StoredStandings
 from pgherd.collector.identity.server import ServerCertificate
-from pgherd.collector.ingest.admit import AdmitLimits
+from pgherd.collector.ingest.admit import AdmitLimits, Said
 from pgherd.collector.ingest.http import otlp_app, otlp_server
 from pgherd.collector.ingest.quota import Quota
 from pgherd.collector.ingest.service import MetricsService, ServiceSettings
@@ -207,9 +207,9 @@ class Collector:
         for push in self.alertmanagers:
             push.wake()
 
-    def _owns(self, agent_id: str, node_id: str) -> bool:
+    def _owns(self, agent_id: str, said: Said) -> bool:
         """Whether a node is this agent's: what hello claimed, live or as stored."""
-        return self.herd.owns(agent_id, node_id)
+        return self.herd.owns(agent_id, said)
 
     def _routers(self) -> list[APIRouter]:
         config = self._config

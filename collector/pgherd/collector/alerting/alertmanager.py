@@ -9,6 +9,7 @@ Source: Alertmanager's OpenAPI, POST /api/v2/alerts; Prometheus rules/alerting.g
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from pgherd.alerts.notify import DeliveryError
 from pgherd.collector.alerting.evaluation import first_evaluation
 from pgherd.collector.alerting.group import GroupStatus
 from pgherd.collector.alerting.silencing import Silencer
+from pgherd.collector.answers import UNPACKED, read_at_most
 from pgherd.proto.clock import Clock
 from pgherd.runtime.logging import get_logger
 
@@ -30,6 +32,7 @@ RESEND_S = 60.0
 _ALIVE_RESENDS = 4
 _BATCH = 64
 _RETRY_S = 5.0
+_ANSWER_BYTES_MAX = 64 * 1024 * 1024  # all its alerts: some fifty thousand
 
 
 @dataclass(slots=True)
@@ -108,21 +111,24 @@ class AlertmanagerPush:
         """What a former process of ours has pushed there; fingerprints are computed alike."""
         answer = await self._request("GET")
         try:
-            return {str(alert["fingerprint"]) for alert in answer.json()}
-        except (ValueError, TypeError, KeyError) as error:  # a proxy's login page, say
+            return {str(alert["fingerprint"]) for alert in json.loads(answer)}
+        except (ValueError, TypeError, KeyError, RecursionError) as error:  # a proxy's login page, say
             raise DeliveryError(self.name, "what answers isn't an Alertmanager", receiver_ill=True) from error
 
-    async def _request(self, method: str, body: Any = None) -> httpx.Response:
+    async def _request(self, method: str, body: Any = None) -> bytes:
         try:
-            async with asyncio.timeout(self._timeout_s):
-                response = await self._client.request(method, self._url, json=body)
+            async with (
+                asyncio.timeout(self._timeout_s),
+                self._client.stream(method, self._url, json=body, headers=UNPACKED) as response,
+            ):
+                answer = await read_at_most(response, _ANSWER_BYTES_MAX)
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
             raise DeliveryError(self.name, type(error).__name__, receiver_ill=True) from None
         if not response.is_success:
             raise DeliveryError(
                 self.name, f"answered HTTP {response.status_code}", receiver_ill=True, status=response.status_code
             )
-        return response
+        return answer
 
     def _alerts(self, pushed: set[str]) -> list[tuple[str, dict[str, Any]]]:
         """What is open or ended lately, by fingerprint."""

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, Row, insert, select, update
 
 from pgherd.collector.control.ledger import write_audit
+from pgherd.collector.ingest.admit import Said
 from pgherd.proto.clock import Clock
 from pgherd.proto.commands import check_uuid
 from pgherd.proto.control.v1 import control_pb2 as pb
@@ -94,11 +95,11 @@ class Herd:
     def claim(self, agent_id: str, reports: Sequence[NodeReport], facts: Mapping[str, Any]) -> None:
         """Store what a hello says, atomically; then the agent's nodes are its own.
 
-        Raises DeniedError identity.mismatch, audited, when a node belongs to another agent that isn't
-        revoked, and identity.missing when the store knows no such agent.
+        Raises DeniedError identity.mismatch, audited, when a node, its name within the cluster or its instance belongs to
+        another agent that isn't revoked, silent or not: who could take a silent one's names could end the alert about its
+        silence. Raises DeniedError identity.missing when the store knows no such agent.
         """
         now_unix_ns = self._clock.wall_unix_ns()
-        refused: NodeReport | None = None
         with self._store.begin() as connection:
             known = connection.execute(
                 update(agents).where(agents.c.id == agent_id).values(last_heartbeat_unix_ns=now_unix_ns, **facts)
@@ -108,34 +109,29 @@ class Herd:
                     "identity.missing", "this collector knows no such agent", hint="join again", agent_id=agent_id
                 )
             owners = _owners(connection, [report.id for report in reports])
-            refused = next((r for r in reports if owners.get(r.id, (agent_id, ""))[0] != agent_id), None)
-            if refused is not None and owners[refused.id][1] == "revoked":
-                refused = None
-            if refused is None:
+            refusal = _refusal(connection, agent_id, reports, owners)
+            if refusal is None:
                 for report in reports:
                     _claim(connection, agent_id, report, owners.get(report.id), now_unix_ns)
             else:
-                owner = owners[refused.id][0]
-                write_audit(
-                    connection, now_unix_ns, f"agent:{agent_id}", "grpc", "node.claim_refused", refused.id, {"owner": owner}
+                actor, subject, detail = (
+                    f"agent:{agent_id}",
+                    str(refusal.context["node_id"]),
+                    {"owner": refusal.context["owner"]},
                 )
-        if refused is not None:
-            raise DeniedError(
-                "identity.mismatch",
-                f"node {refused.alias} ({refused.id}) belongs to another agent",
-                hint="a state directory was copied: remove nodes.json on the copy, or revoke the other agent",
-                node_id=refused.id,
-            )
+                write_audit(connection, now_unix_ns, actor, "grpc", "node.claim_refused", subject, detail)
+        if refusal is not None:
+            raise refusal
 
     def arrive(self, agent_id: str, reports: tuple[NodeReport, ...], facts: Mapping[str, Any]) -> None:
         """A session began; its hello was claimed."""
         self._live[agent_id] = LiveAgent(self._clock.mono_s(), self._clock.wall_unix_ns(), reports, dict(facts), dirty=True)
 
     def heartbeat(self, agent_id: str, reports: tuple[NodeReport, ...], facts: Mapping[str, Any]) -> bool:
-        """Take a heartbeat in; True when it names nodes that this session hasn't claimed."""
+        """Take a heartbeat in; True when it names nodes, or nodes by names, that this session hasn't claimed."""
         live = self._live[agent_id]
-        claimed = {report.id for report in live.nodes}
-        if any(report.id not in claimed for report in reports):
+        claimed = {_said(report) for report in live.nodes}
+        if any(_said(report) not in claimed for report in reports):
             return True
         live.heard_mono_s, live.heard_unix_ns = self._clock.mono_s(), self._clock.wall_unix_ns()
         live.nodes = reports
@@ -178,16 +174,22 @@ class Herd:
             return None
         return live
 
-    def owns(self, agent_id: str, node_id: str) -> bool:
-        """Whether a node is this agent's, as its hello claimed it now or ever. Thread-safe.
+    def owns(self, agent_id: str, said: Said) -> bool:
+        """Whether a node is this agent's, as its hello claimed it now or ever, under names that aren't another's. Thread-safe.
+
+        Names that hello didn't claim are an earlier configuration's, still in the spool: they pass unless they are
+        another agent's now. Without a node id it is the agent that speaks, of itself.
 
         Raises TransientError store.unavailable.
         """
         live = self._live.get(agent_id)
-        if live is not None and any(node.id == node_id for node in live.nodes):
+        if live is not None and said in map(_said, live.nodes):
             return True
         with self._store.read() as connection:
-            return connection.execute(select(nodes.c.agent_id).where(nodes.c.id == node_id)).scalar() == agent_id
+            owner = select(nodes.c.agent_id).where(nodes.c.id == said.node_id)
+            if said.node_id and connection.execute(owner).scalar() != agent_id:
+                return False
+            return _namesake(connection, agent_id, said) is None
 
     @property
     def connected(self) -> int:
@@ -198,6 +200,54 @@ class Herd:
 def _owners(connection: Connection, ids: Sequence[str]) -> dict[str, tuple[str, str]]:
     query = select(nodes.c.id, nodes.c.agent_id, agents.c.status).join(agents, agents.c.id == nodes.c.agent_id)
     return {row.id: (row.agent_id, row.status) for row in connection.execute(query.where(nodes.c.id.in_(ids)))}
+
+
+def _refusal(
+    connection: Connection, agent_id: str, reports: Sequence[NodeReport], owners: Mapping[str, tuple[str, str]]
+) -> DeniedError | None:
+    """Why these nodes can't be this agent's; its context has the `node_id` and its `owner`."""
+    for report in reports:
+        owner, status = owners.get(report.id, (agent_id, ""))
+        if owner != agent_id and status != "revoked":
+            return DeniedError(
+                "identity.mismatch",
+                f"node {report.alias} ({report.id}) belongs to another agent",
+                hint="a state directory was copied: remove nodes.json on the copy, or revoke the other agent",
+                node_id=report.id,
+                owner=owner,
+            )
+    for report in reports:
+        if (other := _namesake(connection, agent_id, _said(report))) is not None:
+            return DeniedError(
+                "identity.mismatch",
+                f"node {report.cluster}/{report.alias} at {report.instance or '(no instance)'} has a name of node"
+                f" {other.cluster}/{other.alias} at {other.instance or '(no instance)'} of agent {other.agent}: if this host took"
+                f" its place, `pgherd agents revoke {other.agent_id}`; else give this node an alias and an `instance` of its own",
+                node_id=other.id,
+                owner=other.agent_id,
+            )
+    return None
+
+
+def _said(report: NodeReport) -> Said:
+    return Said(report.id, report.cluster, report.alias, report.instance)
+
+
+def _namesake(connection: Connection, agent_id: str, said: Said) -> Row[Any] | None:
+    """The node of another agent, not revoked, that has this name or instance by what that agent said last.
+
+    An agent's nodes are written with its heartbeat's time: one that is older isn't among those it names now.
+    """
+    same_name = (nodes.c.alias == said.node) & (nodes.c.cluster == said.cluster) & (said.node_id != "")
+    same_instance = (nodes.c.instance == said.instance) & (said.instance != "")
+    query = (
+        select(nodes, agents.c.name.label("agent"))
+        .join(agents, agents.c.id == nodes.c.agent_id)
+        .where(nodes.c.agent_id != agent_id, agents.c.status != "revoked")
+        .where(nodes.c.observed_unix_ns >= agents.c.last_heartbeat_unix_ns)
+        .where(same_name | same_instance)
+    )
+    return connection.execute(query.limit(1)).first()
 
 
 def _claim(connection: Connection, agent_id: str, report: NodeReport, owner: tuple[str, str] | None, now_unix_ns: int) -> None:

@@ -31,6 +31,7 @@ from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
 
+from pgherd.collector.answers import UNPACKED, read_at_most
 from pgherd.collector.config import OtlpForwardConfig, RemoteWriteConfig
 from pgherd.collector.forward.otlp import export_request
 from pgherd.collector.ingest.service import SERVICE
@@ -42,6 +43,7 @@ DestinationConfig: TypeAlias = RemoteWriteConfig | OtlpForwardConfig
 Verdict = Literal["sent", "retry", "refused"]
 
 _RETRY_AFTER_MAX_S = 300.0
+_ANSWER_BYTES_MAX = 64 * 1024  # a partial success, or an error's first line
 _TO_BE_MENDED = frozenset({401, 403, 404, 405, 407, 408, 429})
 _POISON = frozenset({grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION})
 _DETAILS_KEY = "grpc-status-details-bin"
@@ -74,11 +76,11 @@ def destination_of(config: DestinationConfig, clock: Clock) -> Destination:
     headers = {name: _header(config.name, path) for name, path in config.header_files.items()}
     match config:
         case RemoteWriteConfig():
-            return RemoteWrite(config.url, _client(config, headers), clock)
+            return RemoteWrite(config.url, _client(config, headers), clock, config.timeout)
         case OtlpForwardConfig(protocol="grpc"):
             return OtlpGrpc(config, headers)
         case _:
-            return OtlpHttp(config.endpoint, config.service_name, _client(config, headers), clock)
+            return OtlpHttp(config.endpoint, config.service_name, _client(config, headers), clock, config.timeout)
 
 
 def _header(destination: str, path: Path) -> str:
@@ -120,20 +122,25 @@ def _tls(config: DestinationConfig) -> ssl.SSLContext:
 class _Http:
     """A POST and what its status means."""
 
-    def __init__(self, url: str, client: httpx.AsyncClient, clock: Clock) -> None:
-        self._url, self._client, self._clock = url, client, clock
+    def __init__(self, url: str, client: httpx.AsyncClient, clock: Clock, timeout_s: float) -> None:
+        self._url, self._client, self._clock, self._timeout_s = url, client, clock, timeout_s
 
     async def close(self) -> None:
         await self._client.aclose()
 
     async def _post(self, body: bytes, headers: Mapping[str, str]) -> tuple[Answer, bytes]:
         try:
-            answer = await self._client.post(self._url, content=body, headers=headers)
-        except httpx.HTTPError as error:
+            # httpx bounds each read, of a receiver that drips its answer the number of them isn't.
+            async with (
+                asyncio.timeout(self._timeout_s),
+                self._client.stream("POST", self._url, content=body, headers={**headers, **UNPACKED}) as answer,
+            ):
+                content = await read_at_most(answer, _ANSWER_BYTES_MAX)
+        except (httpx.HTTPError, TimeoutError) as error:
             return Answer("retry", f"{type(error).__name__}: {error}"), b""
         if answer.is_success:
-            return Answer("sent"), answer.content
-        why = f"{answer.status_code}: {answer.text[:200]}"
+            return Answer("sent"), content
+        why = f"{answer.status_code}: {content[:800].decode(errors='replace')[:200]}"
         if answer.status_code >= 500 or answer.status_code in _TO_BE_MENDED or answer.is_redirect:
             return Answer("retry", why, self._retry_after_s(answer.headers.get("retry-after", ""))), b""
         return Answer("refused", why), b""
@@ -166,8 +173,8 @@ class RemoteWrite(_Http):
 class OtlpHttp(_Http):
     """OTLP/HTTP with protobuf."""
 
-    def __init__(self, url: str, service_name: str, client: httpx.AsyncClient, clock: Clock) -> None:
-        super().__init__(url, client, clock)
+    def __init__(self, url: str, service_name: str, client: httpx.AsyncClient, clock: Clock, timeout_s: float) -> None:
+        super().__init__(url, client, clock, timeout_s)
         self._service_name = service_name
 
     async def send(self, request: bytes) -> Answer:

@@ -1,7 +1,8 @@
 """What may enter the store, and from whom. Pure.
 
 Never broken:
-- a sample of a node is admitted only from the agent that owns the node, under that agent's certificate;
+- a sample of a node is admitted only from the agent that owns the node, under that agent's certificate, and under no
+  name (cluster and node, or instance) of another agent's node;
 - job="pgherd", cluster and node can't be claimed by a foreign client;
 - accepted + rejected points = points sent, and every rejected point has a reason.
 """
@@ -21,8 +22,6 @@ from pgherd.proto.errors import DeniedError
 
 AGENT_KIND = "agent"
 PGHERD_JOB = "pgherd"
-
-Owns = Callable[[str, str], bool]
 
 
 class Peer(Protocol):
@@ -70,12 +69,26 @@ class AdmitLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class Said:
+    """What a resource, or a hello, says of whom it speaks: the node and the labels by which rules know it."""
+
+    node_id: str
+    cluster: str = ""
+    node: str = ""
+    instance: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Claim:
     """What a resource says it is; empty when it doesn't say."""
 
     agent_id: str
-    node_id: str
+    said: Said
     job: str
+
+
+# Whether an agent may speak of a node, or of itself, under these labels.
+Owns = Callable[[str, Said], bool]
 
 
 def check_claims(peer: Peer, claims: Iterable[Claim], owns: Owns) -> None:
@@ -87,16 +100,20 @@ def check_claims(peer: Peer, claims: Iterable[Claim], owns: Owns) -> None:
         if peer.kind == AGENT_KIND:
             if claim.agent_id != peer.id:
                 raise _mismatch(f"a resource names agent {claim.agent_id or '(none)'}", peer)
-            if claim.node_id and not owns(peer.id, claim.node_id):
-                raise _mismatch(f"a resource names node {claim.node_id}, which isn't this agent's", peer)
-        elif claim.agent_id or claim.node_id or claim.job == PGHERD_JOB:
+            said = claim.said
+            if (said.node_id or said.instance) and not owns(peer.id, said):
+                names = f"{said.cluster}/{said.node} at {said.instance or '(no instance)'}"
+                raise _mismatch(
+                    f"a resource names node {said.node_id or '(none)'} {names}: it or its name isn't this agent's", peer
+                )
+        elif claim.agent_id or claim.said.node_id or claim.job == PGHERD_JOB:
             raise _mismatch("a client's resource claims to be a pgherd agent or node", peer)
 
 
 def _mismatch(what: str, peer: Peer) -> DeniedError:
     return DeniedError(
         "identity.mismatch", f"{what}; the certificate is of {peer.kind} {peer.id}",
-        hint="check pgherd.agent.id and pgherd.node.id of the sender, or join it again", peer_id=peer.id,
+        hint="check the sender's pgherd.agent.id and pgherd.node.id, and that no other agent has a node of that name", peer_id=peer.id,
     )  # fmt: skip
 
 

@@ -30,13 +30,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pgherd.collector.api.serving import OwnedServer, TimedProtocol
 from pgherd.collector.ingest.admit import Peer
-from pgherd.collector.ingest.service import MetricsService
+from pgherd.collector.ingest.service import Cost, MetricsService
 from pgherd.proto.errors import PeerError, PgherdError
 
 PATH = "/v1/metrics"
 _PEER_CERTIFICATE = "pgherd_peer_certificate"
 _PROTOBUF, _JSON = "application/x-protobuf", "application/json"
 _JSON_OBJECTS_MAX = 200_000  # each costs 6 µs: four megabytes of empty ones would take 9 s
+_INFLATION_MAX = 1032  # deflate's, by its format
 _INFLATABLE = {"gzip", "deflate"}  # zlib tells the two apart by their headers
 
 Admit = Callable[[bytes | None], Awaitable[Peer]]
@@ -118,17 +119,19 @@ async def _body(receive: Receive, headers: dict[str, str], bytes_max: int) -> by
             return b"".join(chunks)
 
 
-def plain(body: bytes, compression: str, encoding: str, bytes_max: int) -> bytes:
-    """The request as protobuf, inflated up to the bound and no further. Raises PeerError ingest.*."""
+def plain(body: bytes, cost: Cost, *, compression: str, encoding: str, bytes_max: int) -> bytes:
+    """The request as protobuf, inflated up to the bound and no further. Raises PeerError ingest.*, with `cost` as it was till then."""
     compression = compression.strip().lower()
     if compression in _INFLATABLE:
-        body = _inflated(body, bytes_max)
+        body = _inflated(body, cost, bytes_max)
     elif compression not in ("", "identity"):
         raise PeerError("ingest.unsupported", f"content encoding {compression}; gzip, deflate and none are taken")
     if encoding == _PROTOBUF:
         return body
-    if body.count(b"{") > _JSON_OBJECTS_MAX:
+    objects = body.count(b"{")
+    if objects > _JSON_OBJECTS_MAX:
         raise PeerError("ingest.too_large", f"the request has more than {_JSON_OBJECTS_MAX} objects in JSON")
+    cost.objects = objects
     try:
         document = json.loads(body)
         if not isinstance(document, dict):
@@ -141,12 +144,14 @@ def plain(body: bytes, compression: str, encoding: str, bytes_max: int) -> bytes
     return encoded
 
 
-def _inflated(body: bytes, bytes_max: int) -> bytes:
+def _inflated(body: bytes, cost: Cost, bytes_max: int) -> bytes:
     inflater = zlib.decompressobj(wbits=47)
     try:
         plain = inflater.decompress(body, bytes_max + 1)
     except zlib.error as error:
+        cost.size_bytes = min(bytes_max, _INFLATION_MAX * len(body))  # what came out before the damage isn't told
         raise PeerError("ingest.malformed", "the request's compression is damaged") from error
+    cost.size_bytes = len(plain)
     if len(plain) > bytes_max:
         raise _too_large(bytes_max)
     if not inflater.eof or inflater.unused_data:

@@ -26,7 +26,7 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 
-from pgherd.collector.ingest.admit import AGENT_KIND, AdmitLimits, Claim, Reason
+from pgherd.collector.ingest.admit import AGENT_KIND, AdmitLimits, Claim, Reason, Said
 from pgherd.collector.ingest.buckets import SCALE_MAX, SCALE_MIN, bound_text, bound_texts, ladder_of, running_counts
 from pgherd.collector.ingest.names import LABEL_NAME_RE, METRIC_NAME_RE, RESERVED_LABELS, label_name, metric_name
 from pgherd.proto.errors import PeerError
@@ -136,11 +136,11 @@ class _Walk:
         namespace, service = facts.get("service.namespace", ""), facts.get("service.name", "")
         job = f"{namespace}/{service}" if namespace else service
         node_id = facts.get("pgherd.node.id", "")
-        self._claims.add(Claim(facts.get("pgherd.agent.id", ""), node_id, job))
-        origin = {"job": job, "instance": facts.get("service.instance.id", "")}
-        if is_agent:
-            origin["cluster"] = facts.get("pgherd.cluster", "")
-            origin["node"] = facts.get("pgherd.node", "") if node_id else ""
+        instance = facts.get("service.instance.id", "")
+        cluster, node = (facts.get("pgherd.cluster", ""), facts.get("pgherd.node", "")) if is_agent else ("", "")
+        said = Said(node_id, cluster, node if node_id else "", instance)
+        self._claims.add(Claim(facts.get("pgherd.agent.id", ""), said, job))
+        origin = {"job": job, "instance": said.instance, "cluster": said.cluster, "node": said.node}
         origin = {name: value for name, value in origin.items() if value}
         # Every series of the resource carries them: a megabyte here would be gigabytes in the store.
         is_takable = all(len(value) <= self._limits.label_value_chars_max for value in origin.values())

@@ -61,10 +61,11 @@ class Quotas:
         account.size_bytes -= size_bytes
         account.in_flight += 1
 
-    def spend(self, sender: str, points: int) -> None:
-        """What a request that is in turned out to hold."""
+    def spend(self, sender: str, points: int, more_bytes: int = 0) -> None:
+        """What a request that is in turned out to hold: points, or what costs as much, and bytes beyond those on the wire."""
         if (account := self._accounts.get(sender)) is not None:
             account.points -= points
+            account.size_bytes -= more_bytes
 
     def leave(self, sender: str) -> None:
         """A request that was let in has ended."""

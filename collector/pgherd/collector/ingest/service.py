@@ -62,7 +62,15 @@ _DETAILS_KEY = "grpc-status-details-bin"
 log = get_logger(__name__)
 
 
-Unpack = Callable[[bytes], bytes]
+@dataclass(slots=True)
+class Cost:
+    """What unpacking a request has taken so far, for the sender's quota: the bytes it held when inflated, and its objects in JSON."""
+
+    size_bytes: int = 0
+    objects: int = 0
+
+
+Unpack = Callable[[bytes, Cost], bytes]
 
 
 class Appender(Protocol):
@@ -157,14 +165,11 @@ class MetricsService:
         """
         self.counters.requests += 1
         self.counters.request_bytes += len(body)
-        self.counters.in_flight += 1
         try:
             return await self._accept(body, peer, metadata, unpack)
         except PgherdError as error:
             self._count_refusal(error, peer)
             raise
-        finally:
-            self.counters.in_flight -= 1
 
     async def _accept(
         self, body: bytes, peer: Peer, metadata: Iterable[tuple[str, Any]] | None, unpack: Unpack | None
@@ -175,6 +180,7 @@ class MetricsService:
         except TransientError:
             await self._hold_back(sender)
             raise
+        self.counters.in_flight += 1  # not before: refusals that are held back would fill it, at everybody's cost
         try:
             if len(body) > settings.limits.request_bytes_max:
                 raise PeerError(
@@ -183,14 +189,17 @@ class MetricsService:
             if self.counters.in_flight > settings.in_flight_max:
                 raise TransientError("ingest.overloaded", "too many requests in flight", in_flight=self.counters.in_flight)
             async with self._turns.setdefault(sender, asyncio.Lock()):  # one of two decoders at most
+                cost = Cost()
                 if unpack is not None:
-                    body = await asyncio.get_running_loop().run_in_executor(self._decoders, unpack, body)
+                    body = await self._unpacked(body, sender, unpack, cost)
                 parts = parts_of(body, peer, metadata)
                 taken = await asyncio.get_running_loop().run_in_executor(self._decoders, self._admit, parts, peer)
-                self._quotas.spend(sender, sum(one.batch.points + one.rejected.total() for one in taken))
+                points = sum(one.batch.points + one.rejected.total() for one in taken)
+                self._quotas.spend(sender, max(0, points - cost.objects))  # a point in JSON is objects that were paid for
                 durable = [self._durable(one.batch) for one in taken]
             receipts = await self._all_durable(durable)
         finally:
+            self.counters.in_flight -= 1
             self._quotas.leave(sender)
         rejected: Counter[Reason] = Counter()
         for one, receipt in zip(taken, receipts, strict=True):
@@ -200,6 +209,13 @@ class MetricsService:
             self._count(receipt, one.rejected)
             rejected.update(one.rejected)
         return answer(rejected, sum(receipt.deltas_repeated for receipt in receipts))
+
+    async def _unpacked(self, body: bytes, sender: str, unpack: Unpack, cost: Cost) -> bytes:
+        """The request out of its wire form, at the sender's cost; also when it turns out to be none."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._decoders, unpack, body, cost)
+        finally:
+            self._quotas.spend(sender, cost.objects, max(0, cost.size_bytes - len(body)))
 
     async def _hold_back(self, sender: str) -> None:
         """Let one that is over its quota wait for its refusal: who doesn't heed the delay would ask thousands of times a second."""
