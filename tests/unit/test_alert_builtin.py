@@ -253,7 +253,7 @@ def test_heartbeats_become_series(tmp_path: Path, world: World) -> None:
     world.herd.silent.add(AGENT)
     series = SeriesStore.open(tmp_path / "series.duckdb", quiet(), clock)
     try:
-        writer = HeartbeatSeries(world.store, world.herd, series.append, clock)
+        writer = HeartbeatSeries(world.store, world.herd, series, clock)
         assert asyncio.run(writer.write()) == 1
         query = promql_query(series, SystemClock(), timeout_s=30)
         ((labels, age_s),) = query("pgherd_agent_heartbeat_age_seconds > 30", clock.unix_ms)
@@ -288,7 +288,7 @@ def test_skew_and_spool_age_are_known_while_the_agent_is_heard(tmp_path: Path, w
     clock = HandClock()
     series = SeriesStore.open(tmp_path / "series.duckdb", quiet(), clock)
     query = promql_query(series, clock, timeout_s=30)
-    heartbeats = HeartbeatSeries(world.store, world.herd, series.append, clock)
+    heartbeats = HeartbeatSeries(world.store, world.herd, series, clock)
 
     def turn() -> tuple[list[float], list[float]]:
         clock.unix_ms += 10_000
@@ -306,4 +306,26 @@ def test_skew_and_spool_age_are_known_while_the_agent_is_heard(tmp_path: Path, w
     assert turn() == ([4.0], [26.0])
     world.herd.silent.add(AGENT)
     assert turn() == ([], []), "not heard: not 0, and not the last value either"
+    series.close()
+
+
+def test_what_a_former_process_wrote_of_who_is_gone_is_ended(tmp_path: Path, world: World) -> None:
+    """Revoked, or fallen silent, while the collector was away: its last values stood for five minutes."""
+    clock = HandClock()
+    series = SeriesStore.open(tmp_path / "series.duckdb", quiet(), clock)
+    query = promql_query(series, clock, timeout_s=30)
+
+    def restart() -> set[str]:
+        clock.unix_ms += 10_000
+        asyncio.run(HeartbeatSeries(world.store, world.herd, series, clock).write())
+        return {labels["__name__"].removeprefix("pgherd_agent_") for labels, _ in query('{agent="agent-1"}', clock.unix_ms)}
+
+    world.herd.facts = {"skew_ns": 0, "spool_oldest_unix_ns": None}
+    pulse = {"heartbeat_age_seconds", "up"}
+    assert restart() == {*pulse, "clock_skew_seconds", "spool_age_seconds"}
+    world.herd.silent.add(AGENT)
+    assert restart() == pulse
+    with world.store.begin() as connection:
+        connection.execute(update(agents).values(status="revoked"))
+    assert restart() == set()
     series.close()

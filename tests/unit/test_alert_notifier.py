@@ -194,6 +194,18 @@ def test_after_an_outage_nothing_is_told_before_the_first_evaluation(store: Cont
     assert [message.status for _receiver, message in bench.letters()] == ["firing", "resolved"]
 
 
+def test_what_is_remembered_of_alerts_long_gone_is_bounded(store: ControlStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pgherd.collector.alerting.notifier._PLACES_MAX", 3)
+    bench = Bench(store, routing(group_by=("node",)))
+    assert bench.turn("abcdefgh") == [f"hook {node}: {node}" for node in "abcdefgh"], "a turn sees all of its alerts"
+    assert bench.turn("abcdefgh") == [], "what was forgotten isn't told again"
+    assert bench.turn("a") == [f"hook {node}: {node}✓" for node in "bcdefgh"]
+    for node in "ijklmno":
+        bench.turn("a" + node)
+    assert bench.turn("a") == ["hook o: o✓"]
+    assert len(bench.notifier._places_seen) <= 4, "three and what the last turn has added"
+
+
 def test_routes_choose_receivers_and_the_rest_goes_to_the_default(store: ControlStore) -> None:
     when = timing()
     critical = (parse_matcher('severity="critical"'),)

@@ -383,6 +383,50 @@ def test_alertmanager_is_told_the_state_again_and_again_and_the_end(store: Contr
     assert seen == [[("a", "2025-10-09T08:57:35Z")]] * 4 + [[("a", "2025-10-09T08:53:50Z")]]
 
 
+def test_alertmanager_is_told_nothing_of_a_former_process_before_the_first_evaluation(store: ControlStore) -> None:
+    """What was restored is how things stood before we were away: it has ended meanwhile."""
+    clock, query = TestClock(), Answers({"x > 1": [({"node": "a"}, 2.0)]})
+
+    def restarted() -> Evaluator:
+        evaluator = Evaluator(groups=[group(rule())], store=store, query=query, facts=no_facts, clock=clock)
+        evaluator.restore()
+        return evaluator
+
+    def evaluate(evaluator: Evaluator) -> None:
+        clock.advance(15)
+        for evaluation in evaluator._evaluations:
+            evaluation.evaluate(clock.wall_unix_ns(), clock.mono_s(), clock)
+
+    evaluate(restarted())
+    evaluator = restarted()
+    assert len(evaluator.status()[0].alerting[0].instances) == 1
+    looked = threading.Event()
+
+    def status() -> Any:
+        looked.set()
+        return evaluator.status()
+
+    async def run(url: str) -> None:
+        one = AlertmanagerPush("am", url, status=status, silencer=Silencer(store, clock), clock=clock, timeout_s=5)
+        task = asyncio.create_task(one.run())
+        try:
+            for _ in range(3):  # it looks, again and again, and waits
+                looked.clear()
+                assert await asyncio.to_thread(looked.wait, 20)
+            assert hook.calls == []
+            query.vectors["x > 1"] = []
+            await asyncio.to_thread(evaluate, evaluator)
+            await asyncio.to_thread(wait_until, lambda: bool(hook.calls), 20, "the end being told")
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    with webhook() as hook:
+        asyncio.run(run(f"http://127.0.0.1:{hook.port}"))
+        ends = [alert["endsAt"] for call in hook.calls for alert in call.payload]
+    assert ends == ["2025-10-09T08:53:50Z"], "resolved, and never firing"
+
+
 @pytest.mark.parametrize("answer", [None, {"status": "ok"}, ["x"], [{}]])
 def test_what_isnt_an_alertmanager_is_a_failure_like_others(store: ControlStore, answer: Any) -> None:
     """A proxy's page under a 200 ended the collector, at every start."""

@@ -10,8 +10,9 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
+import structlog
 from fastapi import FastAPI
-from sqlalchemy import event, select
+from sqlalchemy import event, select, update
 
 from pgherd.alerts.matchers import matches, parse_matcher
 from pgherd.alerts.silence import weekly
@@ -21,7 +22,7 @@ from pgherd.collector.api.problems import install_problem_handler
 from pgherd.collector.api.silences import silences_router
 from pgherd.collector.identity.apitokens import Scope
 from pgherd.proto.errors import ConfigError, DeniedError, PgherdError, PreconditionError
-from pgherd.storage.control.schema import audit
+from pgherd.storage.control.schema import audit, maintenance_windows
 from pgherd.storage.control.store import ControlStore
 from support.alerts import SECOND_NS, START_UNIX_NS, TestClock
 from support.asgi import AsgiClient
@@ -135,6 +136,25 @@ def test_a_silence_is_durable_audited_and_ends(store: ControlStore) -> None:
     assert again.silences() == [], "and is forgotten"
     with pytest.raises(PreconditionError):
         silencer.expire(id_, AUTHOR)
+
+
+def test_a_window_whose_time_zone_is_gone_mutes_nobody_and_stops_nothing(store: ControlStore) -> None:
+    """The collector didn't start: an update had taken the zone's old name away."""
+    clock = TestClock()
+    silencer = Silencer(store, clock)
+    windows: dict[str, Any] = {"days": [], "at": "00:00", "duration_s": 86_400, "zone": "UTC", "comment": "", "author": AUTHOR}
+    lost, kept = (silencer.add_window(name, [f'node="{name}"'], **windows) for name in ("lost", "kept"))
+    with store.begin() as connection:
+        connection.execute(update(maintenance_windows).where(maintenance_windows.c.id == lost).values(zone="Europe/Gone"))
+    again = Silencer(store, clock)
+    with structlog.testing.capture_logs() as said:
+        again.load()
+    assert [(one["event"], one["log_level"], one["window"]) for one in said] == [("maintenance.unusable", "error", lost)]
+    assert again.silenced_by("f", {"node": "lost"}, clock.wall_unix_ns()) == ()
+    assert again.silenced_by("g", {"node": "kept"}, clock.wall_unix_ns()) == (kept,)
+    assert {row["id"]: row["state"] for row in again.windows()} == {lost: "unusable", kept: "active"}
+    again.remove_window(lost, AUTHOR)
+    assert [row["id"] for row in again.windows()] == [kept]
 
 
 def test_a_silence_to_come_is_pending_and_can_be_withdrawn(store: ControlStore) -> None:

@@ -197,9 +197,7 @@ class Collector:
             posted=self.outbox.wake,
         )
         self.alertmanagers = alertmanagers_of(config.alerts, self.evaluator.status, self.silencer, clock)
-        self.heartbeats = HeartbeatSeries(
-            control, self.herd, series.append, clock, interval_s=min(10.0, config.alerts.interval)
-        )
+        self.heartbeats = HeartbeatSeries(control, self.herd, series, clock, interval_s=min(10.0, config.alerts.interval))
         self.lag = LagSeries(control, self.herd, series, clock)
 
     def _alerts_changed(self) -> None:

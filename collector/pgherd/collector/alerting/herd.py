@@ -9,13 +9,15 @@ graphed and queried like anything else, and so that a rule over them exists exac
     pgherd_agent_spool_age_seconds        age of the oldest sample that waits in the agent's spool, 0 when none does
 
 The last two are what the agent itself said last: of one that isn't heard they are unknown, hence absent. A series that
-ends, also because its agent was revoked or forgotten, gets a staleness marker: its AgentSilent ends.
+ends, also because its agent was revoked or forgotten, gets a staleness marker: its AgentSilent ends. That goes for what a former
+process wrote too.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -29,11 +31,11 @@ from pgherd.collector.alerting.query import Query
 from pgherd.proto.clock import Clock
 from pgherd.proto.errors import PgherdError
 from pgherd.proto.samples import STALE_NAN, Metric, MetricKind
-from pgherd.proto.selectors import NAME_LABEL
+from pgherd.proto.selectors import NAME_LABEL, Matcher, MatchOp
 from pgherd.runtime.logging import get_logger
 from pgherd.storage.control.schema import agents, nodes
 from pgherd.storage.control.store import ControlStore
-from pgherd.storage.series.batch import Batch, layout_of
+from pgherd.storage.series.batch import Batch, Window, layout_of
 
 _log = get_logger(__name__)
 
@@ -54,6 +56,7 @@ _TROUBLED = "pgherd_node_saturated == 1 or pgherd_probe_unknown == 1"
 _CONNECTION = "connection"
 
 _APPEND_TIMEOUT_S = 30.0
+_LOOKBACK_MS = 300_000  # so long a series stands that nobody ends
 
 
 class Heard(Protocol):
@@ -74,6 +77,14 @@ class Herd(Protocol):
     def heard(self, agent_id: str, /) -> Heard | None:
         """None when the agent is silent."""
         ...
+
+
+class Series(Protocol):
+    """The store of samples (pgherd.storage.series.store.SeriesStore)."""
+
+    def select(self, matchers: Sequence[Matcher], start_ms: int, end_ms: int, /) -> list[Window]: ...
+
+    def append(self, batch: Batch, /) -> Future[Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,18 +203,17 @@ class HeartbeatSeries:
         self,
         store: ControlStore,
         herd: Herd,
-        append: Callable[[Batch], Future[Any]],
+        series: Series,
         clock: Clock,
         *,
         interval_s: float = 10.0,
     ) -> None:
-        """`append` is SeriesStore.append."""
         self._store = store
         self._herd = herd
-        self._append = append
+        self._series = series
         self._clock = clock
         self._interval_s = interval_s
-        self._written: _Written = {}
+        self._written: _Written | None = None  # None: to be read from the store
 
     async def run(self) -> None:
         """Write until cancelled. A turn that fails is a gap, and the next is tried."""
@@ -219,12 +229,23 @@ class HeartbeatSeries:
         now_unix_ns = self._clock.wall_unix_ns()
         pulses = await asyncio.to_thread(self._pulses, now_unix_ns)
         current = written_of(pulses)
-        if current or self._written:
-            batch = heartbeat_batch(current, self._written, now_unix_ns)
-            await asyncio.wait_for(asyncio.wrap_future(self._append(batch)), _APPEND_TIMEOUT_S)
+        before = await asyncio.to_thread(self._standing, now_unix_ns // 1_000_000) if self._written is None else self._written
+        if current or before:
+            batch = heartbeat_batch(current, before, now_unix_ns)
+            await asyncio.wait_for(asyncio.wrap_future(self._series.append(batch)), _APPEND_TIMEOUT_S)
         self._written = current
         return len(pulses)
 
     def _pulses(self, now_unix_ns: int) -> list[AgentPulse]:
         with self._store.read() as connection:
             return agent_pulses(connection, self._herd, now_unix_ns)
+
+    def _standing(self, now_ms: int) -> _Written:
+        """What a former process wrote and nobody has ended."""
+        found: dict[tuple[Metric, str, str], float] = {}
+        for metric in _METRICS:
+            mine = [Matcher(NAME_LABEL, MatchOp.EQUAL, metric.name), Matcher("job", MatchOp.EQUAL, "pgherd")]
+            for window in self._series.select(mine, now_ms - _LOOKBACK_MS, now_ms):
+                if not math.isnan(window.values[-1]):
+                    found[metric, window.labels.get("agent", ""), window.labels.get("agent_id", "")] = float(window.values[-1])
+        return found

@@ -27,7 +27,7 @@ _log = get_logger(__name__)
 
 # Silences begin and end by the wall clock, which may be set: nobody waits longer than this to look at it.
 _LOOK_S = 5.0
-_PLACES_MAX = 50_000
+_PLACES_MAX = 50_000  # alerts whose places are remembered from turn to turn
 
 
 @dataclass(slots=True)
@@ -182,6 +182,10 @@ class Notifier:
 
     def _members(self, known: Mapping[str, tuple[str, GroupState]], now: _Now) -> dict[str, tuple[Place, list[str]]]:
         """Groups with the keys of their open alerts, those included that only have something to remember."""
+        if len(self._places) >= _PLACES_MAX:
+            # Only between turns, and both at once: within one, a place that isn't seen is one that no route makes any more.
+            self._places.clear()
+            self._places_seen.clear()
         members: dict[str, tuple[Place, list[str]]] = {}
         for key, note in now.open.items():
             for where in self._places_of(key, note):
@@ -198,8 +202,6 @@ class Notifier:
         fingerprint = key.partition(".")[0]
         places = self._places.get(fingerprint)
         if places is None:
-            if len(self._places) >= _PLACES_MAX:
-                self._places.clear()
             places = self._places[fingerprint] = tuple(
                 place(route, note.labels) for route in self._routing.of(note.labels, full_match)
             )

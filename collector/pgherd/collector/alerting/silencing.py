@@ -21,9 +21,12 @@ from pgherd.alerts.silence import Maintenance, Silence, weekly
 from pgherd.collector.identity.audit import write_audit
 from pgherd.proto.clock import Clock
 from pgherd.proto.errors import ConfigError, PreconditionError
+from pgherd.runtime.logging import get_logger
 from pgherd.storage.control.schema import maintenance_windows, silences
 from pgherd.storage.control.store import ControlStore
 from pgherd.storage.series.patterns import full_matches
+
+_log = get_logger(__name__)
 
 _SILENCE_MAX_S = 366 * 86_400.0
 _KEPT_NS = 5 * 86_400 * 1_000_000_000  # an ended silence stays visible this long
@@ -86,19 +89,11 @@ class Silencer:
         return [{**row, "state": _state(row["starts_unix_ns"], row["ends_unix_ns"], now)} for row in rows]
 
     def windows(self) -> list[dict[str, Any]]:
-        """All maintenance windows with their state and next start."""
+        """All maintenance windows with their state (active, waiting, or unusable here) and next start."""
         now = self._clock.wall_unix_ns()
         with self._store.read() as connection:
             rows = connection.execute(select(maintenance_windows).order_by(maintenance_windows.c.name)).mappings().all()
-        schedules = {window.id: window.schedule for window in map(_window, rows)}
-        return [
-            {
-                **row,
-                "state": "active" if schedules[row["id"]].is_active(now) else "waiting",
-                "next_unix_ns": schedules[row["id"]].next_start_unix_ns(now),
-            }
-            for row in rows
-        ]
+        return [{**row, **_outlook(_window(row), now)} for row in rows]
 
     def add(
         self,
@@ -236,12 +231,28 @@ def _read(connection: Connection) -> tuple[tuple[Silence, ...], tuple[Maintenanc
         Silence(row["id"], _check(row["matchers"]), row["starts_unix_ns"], row["ends_unix_ns"], row["actor"], row["comment"])
         for row in rows
     )
-    return found, tuple(map(_window, connection.execute(select(maintenance_windows)).mappings()))
+    windows = map(_window, connection.execute(select(maintenance_windows)).mappings())
+    return found, tuple(window for window in windows if window is not None)
 
 
-def _window(row: Any) -> Maintenance:
-    schedule = weekly(row["days"], row["at"], row["duration_s"], zone_of(row["zone"]))
+def _window(row: Any) -> Maintenance | None:
+    """None, and said in the log, for one that can't be kept here: its time zone went with an update of the database of zones.
+
+    It mutes nobody then, which is the safer of the two errors, and everything else goes on.
+    """
+    try:
+        schedule = weekly(row["days"], row["at"], row["duration_s"], zone_of(row["zone"]))
+    except ConfigError as error:
+        _log.error("maintenance.unusable", window=row["id"], name=row["name"], error=error.message)
+        return None
     return Maintenance(row["id"], row["name"], _check(row["matchers"]), schedule, row["actor"], row["comment"])
+
+
+def _outlook(window: Maintenance | None, now_unix_ns: int) -> dict[str, Any]:
+    if window is None:
+        return {"state": "unusable", "next_unix_ns": None}
+    state = "active" if window.is_active(now_unix_ns) else "waiting"
+    return {"state": state, "next_unix_ns": window.schedule.next_start_unix_ns(now_unix_ns)}
 
 
 def _state(starts_unix_ns: int, ends_unix_ns: int, now_unix_ns: int) -> str:
