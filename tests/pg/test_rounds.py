@@ -356,6 +356,41 @@ def test_a_session_given_up_is_waited_for_before_another_begins(private_postgres
     asyncio.run(work())
 
 
+def test_sessions_that_rounds_and_then_the_sampler_give_up_never_become_three(private_postgres: Server, tmp_path: Path) -> None:
+    """Each of the two connections has one that hangs: a new one of either would be the third."""
+    server = private_postgres
+    server.create_role("monitor", member_of=["pg_monitor"])
+    patient = replace(SAMPLING, statement_timeout=60.0, lock_timeout=60.0, answer_timeout=1.0)
+
+    def ours() -> list[int]:
+        rows = server.execute("SELECT pid FROM pg_stat_activity WHERE usename = 'monitor' ORDER BY application_name")
+        return [int(pid) for (pid,) in rows]
+
+    async def work() -> None:
+        settings = replace(GENEROUS, database_timeout=0.6)
+        async with walker(tmp_path / "spool", server.conninfo("monitor"), settings=patient, rounds=settings) as walk:
+            (sampler,) = ours()
+            with contextlib.closing(server.connect("postgres")) as holder:
+                holder.execute("BEGIN; LOCK TABLE pg_sequence IN ACCESS EXCLUSIVE MODE")
+                assert (await walk.rounds.walk()).end == "hung"
+                assert len(ours()) == 2, "the sampler's and the one that rounds gave up"
+                os.kill(sampler, signal.SIGSTOP)
+                try:
+                    for _ in range(3):
+                        await walk.bench.cycle()
+                        assert walk.bench.condition() == "hung"
+                        assert len(ours()) == 2
+                finally:
+                    os.kill(sampler, signal.SIGCONT)
+            wait_until(lambda: not ours(), 10, "the server to end what was given up")
+            await walk.bench.cycle()
+            assert walk.bench.condition() == "up"
+            report = await walk.rounds.walk()
+            assert (report.reached, report.end) == (1, "whole")
+
+    asyncio.run(work())
+
+
 def test_a_standby_is_walked_too_and_a_promotion_starts_anew(private_pair: Pair, tmp_path: Path) -> None:
     primary, standby = private_pair.primary, private_pair.standby
     primary.execute("CREATE TABLE t (id serial PRIMARY KEY); INSERT INTO t DEFAULT VALUES; CREATE UNLOGGED SEQUENCE u")

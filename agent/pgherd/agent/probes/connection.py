@@ -7,7 +7,8 @@ Rules, each with a fault test:
 - an answer that doesn't come within `answer_timeout` costs the connection: our end of its socket is shut down under
   the driver. Cancelling would open a second connection to the same hung postmaster;
 - a session that we gave up counts until the server has ended it: a backend that hangs in the kernel (a dead volume)
-  hears neither its statement timeout nor our goodbye. While more than `abandoned_max` are left there is no new one;
+  hears neither its statement timeout nor our goodbye. With those of the node's other connection (`Sessions`) there
+  are never more than two;
 - a reused connection that turns out dead (server restarted between two cycles) is replaced once, at once;
 - the password file is read again at every attempt (rotation); a refused role isn't asked again for a while.
 """
@@ -31,15 +32,13 @@ from pgherd.agent.probes.dial import ConnectFailed, dial
 from pgherd.agent.probes.disk import is_local
 from pgherd.agent.probes.meter import Meter, Usage, cost_shares, since
 from pgherd.agent.probes.pipeline import Exchange, Outcome, Prepared, Question, SilentServerError
+from pgherd.agent.probes.sessions import Sessions
 from pgherd.proto.clock import Clock
 from pgherd.proto.errors import ConfigError, PgherdError, PreconditionError, TransientError
 from pgherd.runtime.durable import read_secret
 
 APPLICATION_NAME: Final = "pgherd-agent"
 
-_DRAINED_MAX = 64  # reads of one abandoned session at one look: what it still has to say, so that it can end
-_UNHEARD_MS = 30_000  # a peer that acknowledges nothing for so long is gone with its host
-_GONE_POLL_S = 0.02
 _AUTH_RETRY_S = 30.0  # a wrong password every cycle fills the server's log and locks accounts in LDAP
 
 Rows = list[dict[str, Any]]
@@ -105,11 +104,11 @@ class Answer:
 class NodeConnection:
     """One node's sampling connection, for all its users: each call has it for itself, in the order of asking."""
 
-    def __init__(self, node: NodeConfig, sampling: SamplingConfig, clock: Clock, *, abandoned_max: int = 1) -> None:
-        """`abandoned_max`: so many sessions that hang at the server, given up, may stand beside a new one."""
+    def __init__(self, node: NodeConfig, sampling: SamplingConfig, clock: Clock, *, beside: Sessions | None = None) -> None:
+        """`beside`: the sessions of the node's other connection, to which this one's belong; None for those of its own."""
         self._node = node
-        self._abandoned_max = abandoned_max
-        self._abandoned: list[socket.socket] = []
+        self._owns_sessions = beside is None
+        self.sessions = beside or Sessions()
         self._sampling = sampling
         self._clock = clock
         self._turn = asyncio.Lock()  # fair: wakes its waiters in their order
@@ -163,16 +162,16 @@ class NodeConnection:
             if self._link.status == pq.ConnStatus.OK:
                 return False
             self._discard()
-        if self.abandoned > self._abandoned_max:
-            raise TransientError(
-                "postgres.timeout",
-                "sessions that we gave up still hang at the server: no further one until they end",
-                hint="look for stopped or disk-bound server processes (state T or D in ps)",
-                phase="connect",
-            )
         if self._attempt is None:
             if self._refusal is not None and self._clock.mono_s() < self._refused_until_mono_s:
                 raise self._refusal
+            if not self.sessions.take(self):
+                raise TransientError(
+                    "postgres.timeout",
+                    "we have two sessions at the server, one of them given up and still hanging: no third until one ends",
+                    hint="look for stopped or disk-bound server processes (state T or D in ps)",
+                    phase="connect",
+                )
             self.attempts += 1
             self._attempt = asyncio.create_task(self._connect(), name=f"connect {self._node.alias}")
         done, _ = await asyncio.wait({self._attempt}, timeout=self._sampling.connect_timeout)
@@ -191,6 +190,9 @@ class NodeConnection:
             raise self._remember(connect_error(error)) from error
         except PgherdError as error:
             raise self._remember(error) from None
+        finally:
+            if self._link is None:
+                self.sessions.leave(self)
         self._prepared = Prepared()
         self._refusal = None
         self._own_meter = Meter.of_this_thread()
@@ -302,27 +304,7 @@ class NodeConnection:
     def _discard(self) -> None:
         link = self._let_go()
         if link is not None:
-            end = _shut_down(link)
-            link.finish()
-            if end is not None:
-                self._abandoned.append(end)
-
-    @property
-    def abandoned(self) -> int:
-        """How many sessions that were given up the server hasn't ended yet."""
-        ended = [end for end in self._abandoned if _has_ended(end)]
-        for end in ended:
-            self._abandoned.remove(end)
-            end.close()
-        return len(self._abandoned)
-
-    async def abandoned_end(self, timeout_s: float) -> bool:
-        """Wait until no abandoned session is left; False when one still is after `timeout_s`."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                while self.abandoned:  # noqa: ASYNC110 - what it still says must be taken, at each look
-                    await asyncio.sleep(_GONE_POLL_S)
-        return not self._abandoned
+            self.sessions.abandon(self, link)
 
     def _let_go(self) -> pq.abc.PGconn | None:
         for meter in (self._meter, self._own_meter):
@@ -344,8 +326,9 @@ class NodeConnection:
                 await _finish_and_wait(link, until_gone_s)
             elif link is not None:
                 link.finish()
-            while self._abandoned:
-                self._abandoned.pop().close()
+            self.sessions.leave(self)
+            if self._owns_sessions:
+                self.sessions.forget()
 
 
 async def _finish_and_wait(link: pq.abc.PGconn, timeout_s: float) -> None:
@@ -363,36 +346,6 @@ async def _finish_and_wait(link: pq.abc.PGconn, timeout_s: float) -> None:
             async with asyncio.timeout(timeout_s):
                 while await loop.sock_recv(end, 4096):
                     pass
-
-
-def _shut_down(link: pq.abc.PGconn) -> socket.socket | None:
-    """Say nothing more on a connection; the descriptor that tells when the server has ended its side (see `_has_ended`)."""
-    try:
-        end = socket.socket(fileno=os.dup(link.socket))
-    except (OSError, psycopg.Error):
-        return None
-    try:
-        end.setblocking(False)
-        if end.family in (socket.AF_INET, socket.AF_INET6):
-            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNHEARD_MS)
-        end.shutdown(socket.SHUT_WR)
-    except OSError:  # it had ended already
-        end.close()
-        return None
-    return end
-
-
-def _has_ended(end: socket.socket) -> bool:
-    """Whether the other side of an abandoned connection is gone; takes what it still says, for it might wait for us."""
-    try:
-        for _ in range(_DRAINED_MAX):
-            if not end.recv(65536):
-                return True
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return False
 
 
 # ---- naming what went wrong (pure) ---------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 Rules, each with a test:
 - at most one connection besides the sampler's; it is opened for one database, closed, and gone at the server
-  before the next one is opened. A visit is short, since DROP DATABASE waits five seconds for visitors to leave;
+  before the next one is opened. While a session hangs that either of them gave up there is none. A visit is short, since DROP DATABASE waits five seconds for visitors to leave;
 - what a walk may cost the server is bounded (`cost_max` of a core, `walk_timeout`); the next walk goes on where
   this one stopped, with the database that has waited longest;
 - a database that refuses is unknown with its reason and doesn't end the walk; a server that is saturated, away
@@ -177,7 +177,7 @@ class Rounds:
         self._held: dict[int, _Held] = {}
         self._visited_mono_s: dict[int, float] = {}
         self._resting_until_mono_s: dict[int, float] = {}
-        self._pending: tuple[int, NodeConnection] | None = None  # an attempt, or a session that was given up, that hangs
+        self._pending: tuple[int, NodeConnection] | None = None  # an attempt that hangs
         self._stated = False  # whether the collector has living series of ours
         self._server: tuple[str, int, str] = ("", 0, "")
         self._walks: dict[End, int] = {}
@@ -234,8 +234,6 @@ class Rounds:
         waiting = await self._order([one for one in open_to_us if one.oid not in resting])
         if slots is not None and slots < _SLOTS_LEFT_MIN:
             walk.end = "saturated"
-        if self._main.abandoned:  # with ours that would be a third
-            walk.end = "hung"
         while waiting and self._may_go_on(walk):
             await self._visit(walk, waiting.pop(0), len(open_to_us))
         report = WalkReport(
@@ -282,6 +280,8 @@ class Rounds:
         return order
 
     def _may_go_on(self, walk: _Walk) -> bool:
+        if self._main.sessions.abandoned:  # whoever gave it up: the sampler goes first to the room that is left
+            walk.end = "hung"
         if walk.end == "whole" and self._clock.mono_s() - walk.started_mono_s > self._settings.walk_timeout:
             walk.end = "deadline"
         if walk.end == "whole" and walk.cost_s > self._settings.cost_max * self._interval_s:
@@ -295,7 +295,7 @@ class Rounds:
         connection = (
             self._pending[1]
             if self._pending is not None
-            else NodeConnection(self._at(database), self._sampling, self._clock, abandoned_max=0)
+            else NodeConnection(self._at(database), self._sampling, self._clock, beside=self._main.sessions)
         )
         self._pending = None
         try:
@@ -325,11 +325,10 @@ class Rounds:
             walk.failures = 0
             walk.reached += 1
         finally:
-            if self._pending is None and not await connection.abandoned_end(_GONE_TIMEOUT_S):
-                self._pending = (database.oid, connection)
-                walk.end = "hung"
-            elif self._pending is None:
+            if self._pending is None:
                 await connection.close(until_gone_s=_GONE_TIMEOUT_S)
+                if not await self._main.sessions.abandoned_end(_GONE_TIMEOUT_S):
+                    walk.end = "hung"
         await self._hold(database.oid, held)
 
     def _at(self, database: Database) -> NodeConfig:
