@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,15 @@ class Bench:
         self.herd.claim(agent_id, (report,), {})
         self.herd.arrive(agent_id, (report,), {"skew_ns": int(skew_s * 1e9)})
         self.agents[alias] = (agent_id, report)
+
+    def says(self, alias: str, condition: str) -> None:
+        """What the next heartbeat of its agent says of the server."""
+        agent_id, report = self.agents[alias]
+        self.herd.heartbeat(agent_id, (replace(report, condition=condition),), {})
+
+    def silence(self, alias: str) -> None:
+        """Its agent isn't heard any more."""
+        self.herd.depart(self.agents[alias][0])
 
     def tick(self, alias: str, at_s: float, *, written: int | None = None, replayed: int | None = None, **more: float) -> None:
         """What the agent of `alias` sampled `at_s` seconds after the start by its own clock."""
@@ -255,12 +265,81 @@ def test_no_primary_is_zero_only_once_agents_had_time_to_come_back(bench: Bench)
         bench.tick("s", second, replayed=1000)
     bench.turn(2)
     bench.restart()
+    bench.silence("p")
     bench.tick("s", 40, replayed=1000)
     bench.turn(40)
     assert bench.now("pgherd_cluster_primaries") == {key(cluster="c"): 1.0}  # said by the process before, not ended
     bench.tick("s", 110, replayed=1000)
     bench.turn(110)
     assert bench.now("pgherd_cluster_primaries") == {key(cluster="c"): 0.0}
+
+
+PRIMARIES = "pgherd_cluster_primaries"
+
+
+def led(bench: Bench) -> None:
+    """A primary and its standby, seen and old enough for a verdict."""
+    bench.node("p")
+    bench.node("s")
+    bench.turn(0)
+    for second in range(98, 101):
+        bench.tick("p", second, written=1000)
+        bench.tick("s", second, replayed=1000)
+    bench.turn(100)
+    assert bench.now(PRIMARIES) == {key(cluster="c"): 1.0}
+
+
+@pytest.mark.parametrize("condition", ["up", "saturated", "auth_failed", "unknown"])
+def test_a_primary_whose_samples_are_late_is_never_a_lost_one(bench: Bench, condition: str) -> None:
+    """Its agent is heard but starved of CPU, or may not ask: doubt, however long, and 1 again with the first sample."""
+    led(bench)
+    bench.says("p", condition)
+    for second in (116, 130, 170, 300):
+        bench.tick("s", second, replayed=1000)
+        bench.turn(second)
+        assert bench.now(PRIMARIES) == {}
+    assert 0.0 not in [value for points in bench.all(PRIMARIES).values() for _, value in points]
+    bench.tick("p", 301, written=1000)
+    bench.turn(301)
+    assert bench.now(PRIMARIES) == {key(cluster="c"): 1.0}
+
+
+def test_one_failed_question_about_the_role_is_doubt_and_a_server_that_is_down_is_certainty(bench: Bench) -> None:
+    led(bench)
+    bench.points("p", 101, {"pg_replication_is_replica": STALE_NAN})
+    bench.turn(101)
+    assert bench.now(PRIMARIES) == {}
+    bench.says("p", "down")
+    bench.turn(103)
+    assert bench.now(PRIMARIES) == {key(cluster="c"): 0.0}
+
+
+@pytest.mark.parametrize("hung", [False, True])
+def test_a_host_that_vanishes_and_a_server_that_hangs_are_doubt_for_the_hold_and_then_gone(bench: Bench, hung: bool) -> None:
+    led(bench)
+    if hung:
+        bench.says("p", "hung")
+    else:
+        bench.silence("p")
+    for second, expected in ((117, {}), (159, {}), (160, {key(cluster="c"): 0.0})):
+        bench.turn(second)
+        assert bench.now(PRIMARIES) == expected
+
+
+def test_every_former_primary_must_be_known_not_to_write(bench: Bench) -> None:
+    """The next primary dies while the one before it can't be told: doubt, until that one is back as a standby."""
+    led(bench)
+    bench.says("p", "auth_failed")
+    for second in range(120, 123):
+        bench.tick("s", second, written=2000)
+    bench.turn(122)
+    assert bench.now(PRIMARIES) == {key(cluster="c"): 1.0}
+    bench.says("s", "down")
+    bench.turn(140)
+    assert bench.now(PRIMARIES) == {}
+    bench.tick("p", 141, replayed=2000)
+    bench.turn(141)
+    assert bench.now(PRIMARIES) == {key(cluster="c"): 0.0}
 
 
 def test_a_forgotten_node_and_a_foreign_job_leave_nothing(bench: Bench) -> None:

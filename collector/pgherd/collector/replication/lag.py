@@ -19,7 +19,7 @@ All times are the collector's (agents' times plus their measured skew), in milli
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias
@@ -27,6 +27,7 @@ from typing import TypeAlias
 from pgherd.collector.replication.history import FINE_MAX_MS, Added, WalHistory
 
 SILENT_MS = 15_000  # without a sample for so long: nothing is known of a server
+GONE_MS = 60_000  # a primary unseen for so long, with an agent that is silent too: its host is taken to be gone
 TAKEOVER_MS = 3_000  # a primary unseen for so long while another is: the other took over (three samples)
 AHEAD_MAX_MS = 3_000  # ahead of the primary's samples for longer than samples and clocks explain
 ERROR_MAX_S = 1.0
@@ -210,6 +211,21 @@ class ClusterLag:
         fresh = [node for node in self._nodes.values() if self._writes(node, now_ms - SILENT_MS)]
         latest_since_ms = max((node.since_ms for node in fresh), default=0)
         return sum(node.latest.at_ms >= latest_since_ms for node in fresh)
+
+    def known_primaries(self, now_ms: int, conditions: Mapping[Name, str | None]) -> int | None:
+        """The same, and 0 only when every node last known as primary is known not to take writes; None: it can't be told.
+
+        `conditions` as in `broken`. A server that is down takes none. One that hangs, or that nobody speaks of any more, counts
+        as gone after GONE_MS. While its agent says anything else, its samples are merely late, or it may not be asked.
+        """
+        if count := self.primaries(now_ms):
+            return count
+        for name, node in self._nodes.items():
+            condition = conditions.get(name)
+            is_gone = condition in (None, "hung") and now_ms - node.latest.at_ms >= GONE_MS
+            if not (node.is_replica or condition == "down" or is_gone):
+                return None
+        return 0
 
     @staticmethod
     def _writes(node: _Node, since_ms: int) -> bool:

@@ -5,7 +5,7 @@
     pgherd_replication_lag_unknown{reason}   1 while the lag can't be told
     pgherd_replication_lag_at_least_seconds  a proven lower bound while it is unknown
     pgherd_replication_broken                1 while an expected standby doesn't stream, idle or not; absent when unknown
-    pgherd_cluster_primaries{cluster}        reachable nodes that take writes; absent until a primary of the cluster was seen
+    pgherd_cluster_primaries{cluster}        reachable nodes that take writes; absent until a primary was seen, and while one may live
 
 with job="pgherd" and the node's instance, cluster and node. A lag is stamped with the time of the standby's sample that it
 was read from, everything else with the collector's. Nothing but the series store remembers: after a restart the history is
@@ -27,7 +27,7 @@ import numpy as np
 from sqlalchemy import Connection, select
 
 from pgherd.collector.replication.history import SHARE
-from pgherd.collector.replication.lag import DEAF_AFTER_S, ClusterLag, Hold, Known, Observation, Reason, Unknown
+from pgherd.collector.replication.lag import DEAF_AFTER_S, ClusterLag, Hold, Known, Name, Observation, Reason, Unknown
 from pgherd.proto.clock import Clock
 from pgherd.proto.errors import PgherdError
 from pgherd.proto.samples import STALE_NAN, Metric, MetricKind
@@ -223,7 +223,7 @@ class LagSeries:
             self._settings_due_mono_s = self._clock.mono_s() + _SETTINGS_EVERY_S
         self._read(herd, now_ms)
         self._fill_holes(herd)
-        return {**self._judge(herd, now_ms), **self._count(now_ms)}
+        return {**self._judge(herd, now_ms), **self._count(herd, now_ms)}
 
     def _settle(self, herd: Mapping[Labels, Member]) -> None:
         """Every node in its cluster, and no node that has left."""
@@ -364,8 +364,9 @@ class LagSeries:
                     said[_series(LAG_AT_LEAST, node)] = (now_ms, at_least_s)
                 return said
 
-    def _count(self, now_ms: int) -> dict[_Group, _Said | None]:
+    def _count(self, herd: Mapping[Labels, Member], now_ms: int) -> dict[_Group, _Said | None]:
         said: dict[_Group, _Said | None] = {}
+        conditions: dict[Name, str | None] = {node: member.condition for node, member in herd.items()}
         up_s = self._clock.mono_s() - self._started_mono_s
         labels = Counter(label for label, _ in self._clusters)
         for (label, identifier), cluster in self._clusters.items():
@@ -373,11 +374,14 @@ class LagSeries:
                 continue
             # Two clusters under one label are a mistake of the configuration; theirs aren't added up.
             more = {"system_identifier": identifier} if labels[label] > 1 else {}
-            count = cluster.primaries(now_ms)
+            count = cluster.known_primaries(now_ms, conditions)
             series = _series(PRIMARIES, labels_of({"job": "pgherd", "cluster": label, **more}))
             # Agents need a moment to find a collector that has just started: a primary it hasn't seen itself isn't missed yet.
             is_awaited = up_s < _START_S and cluster.primary_seen_ms <= now_ms - int(up_s * 1000)
-            said[_COUNT_GROUP, series] = None if count == 0 and is_awaited else {series: (now_ms, float(count))}
+            if count is None or (count == 0 and is_awaited):
+                said[_COUNT_GROUP, series] = None if is_awaited else {}
+            else:
+                said[_COUNT_GROUP, series] = {series: (now_ms, float(count))}
         return said
 
 
