@@ -59,6 +59,12 @@ def test_lag_as_promql_sees_it(herd: tuple[Collector, Pair]) -> None:
     wait_until(lambda: value(lag) == 0, 60, "a lag of 0 on an idle pair")
     assert value("pgherd_cluster_primaries") == 1
     assert value('pgherd_replication_broken{node="s"}') == 0
+    # A standby paused at a position from before the first look at the primary lags by "at least": it has to move on once.
+    pair.primary.execute("CREATE TABLE seen (x int)")
+    written = float(pair.primary.execute("SELECT pg_current_wal_lsn() - '0/0'")[0][0])
+    for node, position in (("p", "flush"), ("s", "replay")):
+        at = f'pgherd_wal_position_bytes{{node="{node}",position="{position}"}}'
+        wait_until(lambda at=at: (value(at) or 0) >= written, 30, f"a look at {node} after the write")  # type: ignore[misc]
     pair.standby.execute("SELECT pg_wal_replay_pause()")
     pair.primary.execute("CREATE TABLE written (x int)")
     wait_until(lambda: (value(lag) or 0) > 3, 30, "a lag that grows while replay is paused")

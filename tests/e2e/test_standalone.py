@@ -76,11 +76,18 @@ def test_a_scheduled_backup_is_taken_verified_and_can_be_restored(config: Path, 
     assert (outcomes.succeeded["run"].data_unix_ns, outcomes.succeeded["run"].grade) == (backup["started_unix_ns"], "read back")
     assert outcomes.succeeded["restore"].grade == "content-equal"
     assert outcomes.failed_unix_ns == {}
-    status = agent(config, "status")
+    # status.json is written every few seconds.
+    status = wait_until(
+        lambda: (
+            (told := agent(config, "status"))["next_backup_unix_ns"]["n1"] > backup["started_unix_ns"] + 3_500_000_000_000
+            and told
+        ),
+        30,
+        "the next backup, in an hour",
+    )
     assert status["connected"] is None
     assert status["nodes"][0]["condition"] == "up"
     assert status["spool"]["sampled_points"] > 0
-    assert status["next_backup_unix_ns"]["n1"] > backup["started_unix_ns"] + 3_500_000_000_000
     resident.send_signal(signal.SIGTERM)
     assert resident.wait(20) == 0
 

@@ -109,7 +109,8 @@ def _client(document: dict[str, Any], member: dict[str, str], target: str) -> An
     from pgherd.agent.node import NodeStatus
     from pgherd.runtime.clock import SystemClock
 
-    node = NodeStatus(member["node"], f"n-{member['id'][:8]}", "idle", "idle:5432", condition="up", role="primary")
+    own = member["id"][:8]  # an instance belongs to one agent
+    node = NodeStatus(member["node"], f"n-{own}", "idle", f"{own}:5432", condition="up", role="primary")
     return ControlClient(
         settings=SessionSettings(member["id"], "idle", "idle", backoff_s_max=10.0),
         dial=lambda: _dial(document, member, target),
