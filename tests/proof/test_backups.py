@@ -25,11 +25,6 @@ class Site:
     server: Server
     agent: Agent
 
-    def state_figures(self) -> None:
-        """Agents state what became of backups once a minute, and soon after their start."""
-        self.agent.stop()
-        self.agent.start()
-
     def command(self, *arguments: str) -> str:
         """`pgherd backups …` with --wait; the state in which the command ended."""
         self.herd.collector.cli("backups", *arguments, "--wait")
@@ -52,25 +47,21 @@ def test_from_no_backup_to_a_proven_one(site: Site) -> None:
     herd, labels = site.herd, {"node": "kept", "cluster": "c1"}
     herd.fires("BackupStale", reason="none", severity="critical", **labels)
     site.command("run", "kept")
-    site.state_figures()
     herd.fires("BackupFailed", verb="run", severity="warning", **labels)
 
     site.server.execute("ALTER ROLE pgherd SUPERUSER")
     assert site.command("run", "kept") == "succeeded"
-    site.state_figures()
     herd.resolves("BackupStale", reason="none", **labels)
     herd.resolves("BackupFailed", verb="run", **labels)
     herd.fires("RestoreUntested", reason="never", severity="warning", **labels)
 
     (backup,) = {row["name"] for row in herd.collector.ask("backups", "ls")}
     assert site.command("restore", "kept", backup) == "succeeded"
-    site.state_figures()
     herd.resolves("RestoreUntested", reason="never", **labels)
     herd.fires("RestoreUntested", reason="old", severity="warning", **labels)
     herd.fires("BackupStale", reason="old", severity="critical", **labels)
 
     assert site.command("run", "kept") == "succeeded"
     assert site.command("restore", "kept", backup) == "succeeded"
-    site.state_figures()
     herd.resolves("BackupStale", reason="old", **labels)
     herd.resolves("RestoreUntested", reason="old", **labels)

@@ -99,11 +99,11 @@ class BackupFigures:
         """Every minute and after each verb's end, until cancelled."""
         await asyncio.sleep(_FIRST_AFTER_S)  # so that the role is known
         while True:
+            stated = self._mark()  # before looking: what comes while we look is seen the next time
             try:
                 await self.state()
             except Exception:  # noqa: BLE001 - the loop's guard: one unreadable minute isn't the end of all
                 _log.exception("backup.figures_failed", node=self._status().alias)
-            stated = self._mark()
             for _ in range(int(_INTERVAL_S / _LOOK_S)):
                 await asyncio.sleep(_LOOK_S)
                 if self._mark() != stated:
