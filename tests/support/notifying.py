@@ -31,6 +31,7 @@ def notifier(
     routes: Routing | None = None,
     inhibitions: Sequence[Inhibition] = (),
     pending_max: int = 100,
+    places_max: int = 50_000,
 ) -> Notifier:
     return Notifier(
         status=evaluator.status,
@@ -40,4 +41,5 @@ def notifier(
         inhibitions=inhibitions,
         clock=clock,
         pending_max=pending_max,
+        places_max=places_max,
     )

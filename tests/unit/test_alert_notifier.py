@@ -40,8 +40,14 @@ class Bench:
     """Evaluator and notifier, turn by turn; `restart` is what a kill -9 leaves."""
 
     def __init__(
-        self, store: ControlStore, routes: Routing, rules: Sequence[Rule] = (HIGH, LOW), inhibitions: Sequence[Inhibition] = ()
+        self,
+        store: ControlStore,
+        routes: Routing,
+        rules: Sequence[Rule] = (HIGH, LOW),
+        inhibitions: Sequence[Inhibition] = (),
+        places_max: int = 50_000,
     ) -> None:
+        self.places_max = places_max
         self.store, self.routes, self.rules, self.inhibitions = store, routes, rules, inhibitions
         self.clock, self.query = TestClock(), Answers()
         self.restart()
@@ -61,6 +67,7 @@ class Bench:
             silencer=self.silencer,
             inhibitions=self.inhibitions,
             pending_max=3,
+            places_max=self.places_max,
         )
 
     def turn(self, x: str = "", y: str = "", *, after_s: float = 15, notify: bool = True) -> list[str]:
@@ -194,9 +201,8 @@ def test_after_an_outage_nothing_is_told_before_the_first_evaluation(store: Cont
     assert [message.status for _receiver, message in bench.letters()] == ["firing", "resolved"]
 
 
-def test_what_is_remembered_of_alerts_long_gone_is_bounded(store: ControlStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pgherd.collector.alerting.notifier._PLACES_MAX", 3)
-    bench = Bench(store, routing(group_by=("node",)))
+def test_what_is_remembered_of_alerts_long_gone_is_bounded(store: ControlStore) -> None:
+    bench = Bench(store, routing(group_by=("node",)), places_max=3)
     assert bench.turn("abcdefgh") == [f"hook {node}: {node}" for node in "abcdefgh"], "a turn sees all of its alerts"
     assert bench.turn("abcdefgh") == [], "what was forgotten isn't told again"
     assert bench.turn("a") == [f"hook {node}: {node}✓" for node in "bcdefgh"]

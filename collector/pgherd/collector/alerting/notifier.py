@@ -27,7 +27,6 @@ _log = get_logger(__name__)
 
 # Silences begin and end by the wall clock, which may be set: nobody waits longer than this to look at it.
 _LOOK_S = 5.0
-_PLACES_MAX = 50_000  # alerts whose places are remembered from turn to turn
 
 
 @dataclass(slots=True)
@@ -84,8 +83,12 @@ class Notifier:
         inhibitions: Sequence[Inhibition] = (),
         posted: Callable[[], None] = lambda: None,
         pending_max: int = 10_000,
+        places_max: int = 50_000,
     ) -> None:
-        """`status` is Evaluator.status, `posted` is called on the event loop once letters are durable (OutboxWorker.wake)."""
+        """`status` is Evaluator.status, `posted` is called on the event loop once letters are durable (OutboxWorker.wake).
+
+        `places_max` bounds the alerts whose places are remembered from turn to turn.
+        """
         self._status = status
         self._store = store
         self._routing = routing
@@ -95,6 +98,7 @@ class Notifier:
         self._clock = clock
         self._posted = posted
         self._pending_max = pending_max
+        self._places_max = places_max
         self._groups: dict[str, tuple[str, GroupState]] | None = None  # None: to be read from the store
         self._places: dict[str, tuple[Place, ...]] = {}  # by the alert's fingerprint
         self._places_seen: dict[str, Place] = {}  # by digest
@@ -182,7 +186,7 @@ class Notifier:
 
     def _members(self, known: Mapping[str, tuple[str, GroupState]], now: _Now) -> dict[str, tuple[Place, list[str]]]:
         """Groups with the keys of their open alerts, those included that only have something to remember."""
-        if len(self._places) >= _PLACES_MAX:
+        if len(self._places) >= self._places_max:
             # Only between turns, and both at once: within one, a place that isn't seen is one that no route makes any more.
             self._places.clear()
             self._places_seen.clear()
